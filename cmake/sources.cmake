@@ -1,0 +1,28 @@
+# The source files, listed once: the build and the macOS cross-build check read
+# this. Plain set() calls only, one path a line.
+
+set(MLX_DEFORM_CORE_SOURCES
+    mlx_ops/checks.cpp
+    mlx_ops/deform_conv2d.cpp
+    mlx_ops/deform_im2col.cpp
+    mlx_ops/cpu/deform_conv2d.cpp
+    mlx_ops/cpu/deform_im2col.cpp
+    mlx_ops/cpu/gemm.cpp
+    mlx_ops/cpu/thread_pool.cpp
+    mlx_ops/cpu/tile_kernels.cpp)
+
+# Compiled once per instruction set.
+set(MLX_DEFORM_KERNEL_SOURCES
+    mlx_ops/cpu/tile_kernels_baseline.cpp)
+set(MLX_DEFORM_X86_KERNEL_SOURCES
+    mlx_ops/cpu/tile_kernels_avx2.cpp)
+
+set(MLX_DEFORM_METAL_SOURCES
+    mlx_ops/metal/kernels.cpp)
+set(MLX_DEFORM_NO_GPU_SOURCES
+    mlx_ops/no_gpu/deform_conv2d.cpp)
+
+set(MLX_DEFORM_BINDING_SOURCES
+    python/src/module.cpp
+    python/src/deform_conv2d.cpp
+    python/src/deform_im2col.cpp)

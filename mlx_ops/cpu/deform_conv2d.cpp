@@ -1,0 +1,344 @@
+// The fused convolution: a tile of output pixels is sampled into a column tile
+// that stays in cache and goes straight to a matrix product.
+
+#include "mlx_ops/deform_conv2d.h"
+
+#include <cstring>
+#include <type_traits>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx_ops/cpu/gemm.h"
+#include "mlx_ops/cpu/tiles.h"
+
+namespace mlx_deform {
+
+namespace cpu {
+
+namespace {
+
+// Where a range's columns lie in a row of the weight, [kH * kW][C / G].
+int64_t weight_column(const DeformConv2dParams& p, const Block& block, int g) {
+  const int group = p.C / p.G;
+  return int64_t(block.tap_begin) * group +
+      std::max(block.channel_begin - g * group, 0);
+}
+
+// Copies one weight group's channels out of a block that holds several.
+template <typename R>
+void gather_group(
+    const DeformConv2dParams& p,
+    const Block& block,
+    int g,
+    const R* columns,
+    R* out) {
+  const int group = p.C / p.G;
+  const R* from = columns + g * group - block.channel_begin;
+  for (int64_t row = 0; row < block.pixels() * block.taps(); ++row) {
+    std::copy_n(from + row * block.channels(), group, out + row * group);
+  }
+}
+
+// Calls f(g, columns, width) for every weight group of a sampled block.
+template <typename R, typename F>
+void for_each_group(
+    const DeformConv2dParams& p,
+    const Block& block,
+    const R* columns,
+    Worker& worker,
+    const F& f) {
+  const int group = p.C / p.G;
+  const int first = block.channel_begin / group;
+  const int last = (block.channel_end + group - 1) / group;
+  if (last - first == 1) {
+    f(first, columns, block.width());
+    return;
+  }
+  const int64_t width = int64_t(block.taps()) * group;
+  R* part = worker.groups.get<R>(block.pixels() * width);
+  for (int g = first; g < last; ++g) {
+    gather_group(p, block, g, columns, part);
+    f(g, part, width);
+  }
+}
+
+// The cotangent of some pixels in the compute type, [pixels][O].
+template <typename T, typename R>
+const R* cotangent_rows(
+    const Source<T, R>& source,
+    const T* cotangent,
+    int64_t begin,
+    int64_t end,
+    Worker& worker) {
+  const T* rows = cotangent + begin * source.params.O;
+  if constexpr (std::is_same_v<T, R>) {
+    return rows;
+  } else {
+    const int64_t count = (end - begin) * source.params.O;
+    R* out = worker.rows.get<R>(count);
+    source.kernels.to_compute(rows, out, count);
+    return out;
+  }
+}
+
+template <typename T, typename R>
+void forward(
+    const Source<T, R>& source,
+    const R* weight,
+    const R* bias,
+    T* out) {
+  const DeformConv2dParams& p = source.params;
+  const int64_t row = int64_t(source.taps()) * (p.C / p.G); // of the weight
+  const int out_group = p.O / p.G;
+  const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
+  const int64_t tile = pixels_per_tile(source.pixels());
+
+  ThreadPool::Session session(ThreadPool::instance());
+  session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {
+    const int64_t begin = i * tile;
+    const int64_t end = std::min(begin + tile, source.pixels());
+    R* sums;
+    if constexpr (std::is_same_v<T, R>) {
+      sums = out + begin * p.O;
+    } else {
+      sums = worker.rows.get<R>((end - begin) * p.O);
+    }
+    if (bias) {
+      for (int64_t q = 0; q < end - begin; ++q) {
+        std::copy_n(bias, p.O, sums + q * p.O);
+      }
+    }
+    for (const ColumnRange& range : ranges) {
+      const Block block = range.at(begin, end);
+      const R* columns = source.sample(block, worker);
+      for_each_group(
+          p, block, columns, worker, [&](int g, const R* part, int64_t width) {
+            const int64_t at = weight_column(p, block, g);
+            gemm<R>(
+                Transpose::no,
+                Transpose::yes,
+                block.pixels(),
+                out_group,
+                width,
+                part,
+                width,
+                weight + g * out_group * row + at,
+                row,
+                at == 0 && !bias ? R(0) : R(1),
+                sums + g * out_group,
+                p.O);
+          });
+    }
+    if constexpr (!std::is_same_v<T, R>) {
+      source.kernels.from_compute(
+          sums, out + begin * p.O, (end - begin) * p.O);
+    }
+  });
+}
+
+template <typename T, typename R>
+void weight_vjp(
+    ThreadPool::Session& session,
+    const Source<T, R>& source,
+    const T* cotangent,
+    R* grad_weight) {
+  const DeformConv2dParams& p = source.params;
+  const int64_t row = int64_t(source.taps()) * (p.C / p.G);
+  const int64_t size = p.O * row;
+  const int out_group = p.O / p.G;
+  if (source.pixels() == 0) {
+    std::fill_n(grad_weight, size, R(0));
+    return;
+  }
+  // Tasks own ranges of columns and sum over all pixels, so they share nothing.
+  // Where the ranges are few, the pixels are split as well, into a few partial
+  // sums that are added up in order.
+  constexpr int64_t tasks_wanted = 16;
+  const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
+  const auto count = static_cast<int64_t>(ranges.size());
+  const int64_t tiles = ceil_div(source.pixels(), tile_pixels);
+  const int64_t most_splits = std::max<int64_t>(
+      1,
+      std::min(
+          {ceil_div(tasks_wanted, count),
+           tiles,
+           2 * chunk_bytes / int64_t(size * sizeof(R))}));
+  const int64_t split_pixels =
+      round_up(ceil_div(source.pixels(), most_splits), tile_pixels);
+  const int64_t splits = ceil_div(source.pixels(), split_pixels);
+  R* partial =
+      splits == 1 ? grad_weight : session.shared().get<R>(splits * size);
+
+  session.run(count * splits, [&](int64_t i, Worker& worker) {
+    R* sums = partial + i / count * size;
+    const ColumnRange& range = ranges[i % count];
+    const int64_t first = i / count * split_pixels;
+    const int64_t last = std::min(first + split_pixels, source.pixels());
+    for (int64_t begin = first; begin < last; begin += tile_pixels) {
+      const int64_t end = std::min(begin + tile_pixels, last);
+      const Block block = range.at(begin, end);
+      const R* columns = source.sample(block, worker);
+      const R* rows = cotangent_rows(source, cotangent, begin, end, worker);
+      for_each_group(
+          p, block, columns, worker, [&](int g, const R* part, int64_t width) {
+            gemm<R>(
+                Transpose::yes,
+                Transpose::no,
+                out_group,
+                width,
+                block.pixels(),
+                rows + g * out_group,
+                p.O,
+                part,
+                width,
+                begin == first ? R(0) : R(1),
+                sums + g * out_group * row + weight_column(p, block, g),
+                row);
+          });
+    }
+  });
+
+  if (splits > 1) {
+    constexpr int64_t piece = 1 << 14;
+    session.run(ceil_div(size, piece), [&](int64_t i, Worker&) {
+      const int64_t end = std::min(size, (i + 1) * piece);
+      for (int64_t j = i * piece; j < end; ++j) {
+        R sum = partial[j];
+        for (int64_t s = 1; s < splits; ++s) {
+          sum += partial[s * size + j];
+        }
+        grad_weight[j] = sum;
+      }
+    });
+  }
+}
+
+template <typename T, typename R>
+void backward(
+    const Source<T, R>& source,
+    const R* weight,
+    const T* cotangent,
+    R* grad_input,
+    R* grad_offset,
+    R* grad_weight,
+    R* grad_mask) {
+  const DeformConv2dParams& p = source.params;
+  const int group = p.C / p.G;
+  const int out_group = p.O / p.G;
+  const int64_t row = int64_t(source.taps()) * group;
+
+  // cotangent (pixels x O) times weight (O x columns)
+  const auto column_cotangent = [&](const Block& block, R* out, Worker& worker) {
+    const R* rows = cotangent_rows(
+        source, cotangent, block.pixel_begin, block.pixel_end, worker);
+    const int64_t width = int64_t(block.taps()) * group;
+    R* part = p.G == 1 ? out : worker.groups.get<R>(block.pixels() * width);
+    for (int g = 0; g < p.G; ++g) {
+      gemm<R>(
+          Transpose::no,
+          Transpose::no,
+          block.pixels(),
+          width,
+          out_group,
+          rows + g * out_group,
+          p.O,
+          weight + g * out_group * row + int64_t(block.tap_begin) * group,
+          row,
+          R(0),
+          part,
+          width);
+      if (p.G > 1) {
+        for (int64_t q = 0; q < block.pixels() * block.taps(); ++q) {
+          std::copy_n(part + q * group, group, out + q * p.C + g * group);
+        }
+      }
+    }
+  };
+
+  ThreadPool::Session session(ThreadPool::instance());
+  if (grad_weight) {
+    weight_vjp(session, source, cotangent, grad_weight);
+  }
+  if (grad_input || grad_offset || grad_mask) {
+    sampling_vjp(
+        session, source, column_cotangent, grad_input, grad_offset, grad_mask);
+  }
+}
+
+} // namespace
+
+} // namespace cpu
+
+void DeformConv2d::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const DeformConv2dParams p = params(inputs);
+  mx::array& out = outputs[0];
+  out.set_data(mx::allocator::malloc(out.nbytes()));
+  // The arrays outlive the task: MLX keeps a primitive's inputs and outputs
+  // until its stream is past them.
+  std::vector<mx::array> in;
+  for (const auto& x : inputs) {
+    in.push_back(mx::array::unsafe_weak_copy(x));
+  }
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [p,
+       in = std::move(in),
+       out = mx::array::unsafe_weak_copy(out),
+       bias_at = has_bias_ ? bias_index() : -1,
+       mask_at = has_mask_ ? mask_index() : -1]() mutable {
+        cpu::dispatch_types(out.dtype(), [&]<typename T, typename R>() {
+          const cpu::Source<T, R> source(
+              p, in[0], in[1], mask_at < 0 ? nullptr : &in[mask_at]);
+          cpu::forward<T, R>(
+              source,
+              in[2].data<R>(),
+              bias_at < 0 ? nullptr : in[bias_at].data<R>(),
+              out.data<T>());
+        });
+      });
+}
+
+void DeformConv2dVJP::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const DeformConv2dParams p = params(inputs);
+  std::vector<mx::array> in;
+  for (const auto& x : inputs) {
+    in.push_back(mx::array::unsafe_weak_copy(x));
+  }
+  std::vector<mx::array> out;
+  for (auto& x : outputs) {
+    x.set_data(mx::allocator::malloc(x.nbytes()));
+    out.push_back(mx::array::unsafe_weak_copy(x));
+  }
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [p,
+       in = std::move(in),
+       out = std::move(out),
+       has_mask = has_mask_,
+       wanted = wanted_]() mutable {
+        cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
+          const cpu::Source<T, R> source(
+              p, in[0], in[1], has_mask ? &in[4] : nullptr);
+          size_t next = 0;
+          const auto take = [&](bool is_wanted) {
+            return is_wanted ? out[next++].data<R>() : nullptr;
+          };
+          R* grad_input = take(wanted.input);
+          R* grad_offset = take(wanted.offset);
+          R* grad_weight = take(wanted.weight);
+          R* grad_mask = take(wanted.mask);
+          cpu::backward<T, R>(
+              source,
+              in[2].data<R>(),
+              in[3].data<T>(),
+              grad_input,
+              grad_offset,
+              grad_weight,
+              grad_mask);
+        });
+      });
+}
+
+} // namespace mlx_deform

@@ -1,0 +1,194 @@
+#include "mlx_ops/cpu/thread_pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace mlx_deform::cpu {
+
+namespace {
+
+constexpr size_t cache_line = 64;
+
+int threads_wanted() {
+  if (const char* text = std::getenv("MLX_DEFORM_NUM_THREADS")) {
+    char* end = nullptr;
+    const long value = std::strtol(text, &end, 10);
+    if (end != text && *end == '\0' && value >= 1) {
+      return static_cast<int>(std::min(value, 1024L));
+    }
+  }
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+} // namespace
+
+Scratch::~Scratch() {
+  std::free(data_);
+}
+
+void* Scratch::reserve(size_t bytes) {
+  if (bytes > size_) {
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+    const size_t rounded =
+        (bytes + cache_line - 1) / cache_line * cache_line;
+    data_ = std::aligned_alloc(cache_line, rounded);
+    if (data_ == nullptr) {
+      throw std::bad_alloc();
+    }
+    size_ = rounded;
+  }
+  return data_;
+}
+
+struct ThreadPool::State {
+  std::mutex session; // held by the caller whose tasks run
+
+  std::mutex mutex; // guards what follows
+  std::condition_variable wake;
+  std::condition_variable done;
+  uint64_t batch{0};
+  int busy{0};
+  bool stop{false};
+  std::exception_ptr error;
+  const std::function<void(int64_t, Worker&)>* task{nullptr};
+  int64_t count{0};
+  std::atomic<int64_t> next{0};
+  // What the spinning workers look at before they go to sleep.
+  std::atomic<uint64_t> announced{0};
+
+  Scratch shared;
+  Scratch shared_samples;
+  std::vector<std::unique_ptr<Worker>> workers; // [0] belongs to the caller
+  std::vector<std::thread> threads;
+
+  void work(Worker& worker) {
+    try {
+      for (int64_t i; (i = next.fetch_add(1)) < count;) {
+        (*task)(i, worker);
+      }
+    } catch (...) {
+      next.store(count);
+      std::lock_guard lock(mutex);
+      if (!error) {
+        error = std::current_exception();
+      }
+    }
+  }
+
+  void loop(Worker& worker) {
+    // Consecutive batches of one call follow within microseconds; looking for
+    // the next one that long is cheaper than sleeping and waking.
+    constexpr int spins = 2000;
+    uint64_t seen = 0;
+    for (;;) {
+      for (int i = 0; i < spins && announced.load() == seen; ++i) {
+        std::this_thread::yield();
+      }
+      {
+        std::unique_lock lock(mutex);
+        wake.wait(lock, [&] { return stop || batch != seen; });
+        if (stop) {
+          return;
+        }
+        seen = batch;
+      }
+      work(worker);
+      std::lock_guard lock(mutex);
+      if (--busy == 0) {
+        done.notify_one();
+      }
+    }
+  }
+};
+
+ThreadPool& ThreadPool::instance() {
+  // Never destroyed: an MLX stream may still run when static objects die.
+  static ThreadPool* pool = new ThreadPool();
+  return *pool;
+}
+
+ThreadPool::ThreadPool() : state_(std::make_unique<State>()) {
+  const int n = threads_wanted();
+  for (int i = 0; i < n; ++i) {
+    state_->workers.push_back(std::make_unique<Worker>());
+  }
+  for (int i = 1; i < n; ++i) {
+    state_->threads.emplace_back(
+        [state = state_.get(), i] { state->loop(*state->workers[i]); });
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    std::lock_guard lock(state_->mutex);
+    state_->stop = true;
+  }
+  state_->wake.notify_all();
+  for (auto& thread : state_->threads) {
+    thread.join();
+  }
+}
+
+int ThreadPool::size() const {
+  return static_cast<int>(state_->workers.size());
+}
+
+ThreadPool::Session::Session(ThreadPool& pool) : pool_(pool) {
+  pool_.state_->session.lock();
+}
+
+ThreadPool::Session::~Session() {
+  pool_.state_->session.unlock();
+}
+
+int ThreadPool::Session::size() const {
+  return pool_.size();
+}
+
+Scratch& ThreadPool::Session::shared() {
+  return pool_.state_->shared;
+}
+
+Scratch& ThreadPool::Session::shared_samples() {
+  return pool_.state_->shared_samples;
+}
+
+void ThreadPool::Session::run(
+    int64_t count,
+    const std::function<void(int64_t, Worker&)>& task) {
+  State& state = *pool_.state_;
+  if (count <= 1 || state.threads.empty()) {
+    for (int64_t i = 0; i < count; ++i) {
+      task(i, *state.workers[0]);
+    }
+    return;
+  }
+  {
+    std::lock_guard lock(state.mutex);
+    state.task = &task;
+    state.count = count;
+    state.next.store(0);
+    state.busy = static_cast<int>(state.threads.size());
+    state.error = nullptr;
+    ++state.batch;
+    state.announced.store(state.batch);
+  }
+  state.wake.notify_all();
+  state.work(*state.workers[0]);
+  std::unique_lock lock(state.mutex);
+  state.done.wait(lock, [&] { return state.busy == 0; });
+  if (state.error) {
+    std::rethrow_exception(state.error);
+  }
+}
+
+} // namespace mlx_deform::cpu

@@ -1,0 +1,126 @@
+// The vector loops of the CPU backend, compiled once per instruction set
+// (tile_kernels_*.cpp) and chosen at run time. This header is read by all of
+// them, so it holds plain declarations only: an inline function of the standard
+// library compiled for one machine must not end up in another's code.
+
+#pragma once
+
+#include <stdint.h>
+
+#include "mlx_ops/deform_conv2d_params.h"
+#include "mlx_ops/sampling.h"
+
+namespace mlx_deform::cpu {
+
+// Storage types of half precision, as raw bits.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The plan of one sample, shared by all channels of its offset group.
+template <typename R>
+struct Sample {
+  BilinearCell<R> cell;
+  R mask; // 1 where there is no mask
+  int64_t corner[4]; // element offset of the corner's first channel, -1: no such
+};
+
+// A block of columns: some output pixels, some taps, some channels.
+struct Block {
+  int64_t pixel_begin;
+  int64_t pixel_end;
+  int tap_begin;
+  int tap_end;
+  int channel_begin;
+  int channel_end;
+
+  int64_t pixels() const {
+    return pixel_end - pixel_begin;
+  }
+  int taps() const {
+    return tap_end - tap_begin;
+  }
+  int channels() const {
+    return channel_end - channel_begin;
+  }
+  int64_t width() const {
+    return int64_t(taps()) * channels();
+  }
+};
+
+// T is the type of image, output and cotangent; R the type of everything else:
+// offsets, masks, columns and sums (float for halves).
+template <typename T, typename R>
+struct TileKernels {
+  // Plans the samples of a block. `samples` is [pixels][taps][groups], groups
+  // being the offset groups that the block's channels touch.
+  void (*plan)(
+      const DeformConv2dParams& params,
+      const Block& block,
+      const R* offset, // [N * Ho * Wo][DG][kH * kW][2]
+      const R* mask, // [N * Ho * Wo][DG][kH * kW], or null
+      Sample<R>* samples);
+
+  // columns[p * pixel_stride + k * tap_stride + c] for the block's pixels, taps
+  // and channels, all counted from the block's first.
+  void (*sample)(
+      const DeformConv2dParams& params,
+      const Block& block,
+      const Sample<R>* samples,
+      const T* input, // [N][H][W][C]
+      const T* zeros, // C zeros, read in place of corners outside the image
+      R* columns,
+      int64_t pixel_stride,
+      int64_t tap_stride);
+
+  // From the cotangent of the block's columns: the gradient of offset and mask,
+  // summed over the channels of each offset group. The block spans all
+  // channels. Either output may be null.
+  void (*offset_grad)(
+      const DeformConv2dParams& params,
+      const Block& block,
+      const Sample<R>* samples,
+      const T* input,
+      const T* zeros,
+      const R* grad_columns, // [pixels][taps][C]
+      R* grad_offset, // as offset
+      R* grad_mask); // as mask
+
+  // Adds the cotangent of the block's columns to the image's gradient. Only the
+  // block's channels are touched; samples and grad_columns span all channels,
+  // so that workers with disjoint channels share them.
+  void (*scatter)(
+      const DeformConv2dParams& params,
+      const Block& block,
+      const Sample<R>* samples,
+      const R* grad_columns, // [pixels][taps][C]
+      R* grad_input); // [N][H][W][C]
+
+  void (*to_compute)(const T* from, R* to, int64_t n);
+  void (*from_compute)(const R* from, T* to, int64_t n);
+};
+
+// The offset groups that channels [begin, end) touch: [first, last).
+struct GroupRange {
+  int first;
+  int last;
+
+  int count() const {
+    return last - first;
+  }
+};
+
+static inline GroupRange
+offset_groups(const DeformConv2dParams& p, int channel_begin, int channel_end) {
+  const int width = p.C / p.DG;
+  return {channel_begin / width, (channel_end + width - 1) / width};
+}
+
+// The kernels for this machine.
+template <typename T, typename R>
+const TileKernels<T, R>& tile_kernels();
+
+} // namespace mlx_deform::cpu

@@ -1,0 +1,400 @@
+// Bodies of the tile kernels. Included by one source file per instruction set,
+// which defines MLX_DEFORM_ISA (a namespace) and MLX_DEFORM_VECTOR_BYTES.
+// Everything here has internal linkage or lives in that namespace.
+
+#include "mlx_ops/cpu/tile_kernels.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace mlx_deform::cpu::MLX_DEFORM_ISA {
+
+namespace {
+
+template <typename R>
+struct VectorOf {
+  typedef R type __attribute__((vector_size(MLX_DEFORM_VECTOR_BYTES)));
+  static constexpr int width = MLX_DEFORM_VECTOR_BYTES / sizeof(R);
+};
+template <typename R>
+using Vector = typename VectorOf<R>::type;
+
+// ---- loads and stores: storage type T, arithmetic type R
+
+template <typename To, typename From>
+static inline To bit_cast_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+static inline float load_one(const float* p) {
+  return *p;
+}
+static inline double load_one(const double* p) {
+  return *p;
+}
+static inline float load_one(const BFloat16* p) {
+  return bit_cast_of<float>(uint32_t(p->bits) << 16);
+}
+static inline float load_one(const Float16* p) {
+#if defined(__F16C__)
+  return _cvtsh_ss(p->bits);
+#elif defined(__aarch64__)
+  return float(bit_cast_of<__fp16>(p->bits));
+#else
+  // Exponent and mantissa moved in place, then rescaled from half's exponent
+  // bias to float's; infinities and NaNs get float's full exponent.
+  const uint32_t sign = uint32_t(p->bits & 0x8000) << 16;
+  const uint32_t rest = uint32_t(p->bits & 0x7fff) << 13;
+  const uint32_t special = rest >= 0x0f800000 ? 0x7f800000 : 0;
+  const float scaled = bit_cast_of<float>(rest) * 0x1p112f;
+  return bit_cast_of<float>(bit_cast_of<uint32_t>(scaled) | special | sign);
+#endif
+}
+
+static inline void store_one(float* p, float x) {
+  *p = x;
+}
+static inline void store_one(double* p, double x) {
+  *p = x;
+}
+static inline void store_one(BFloat16* p, float x) {
+  // Round to nearest, ties to even; NaNs stay NaNs.
+  const uint32_t u = bit_cast_of<uint32_t>(x);
+  p->bits = x != x ? uint16_t((u >> 16) | 0x0040)
+                   : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+static inline void store_one(Float16* p, float x) {
+#if defined(__F16C__)
+  p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  p->bits = bit_cast_of<uint16_t>(__fp16(x));
+#else
+  const uint32_t u = bit_cast_of<uint32_t>(x);
+  const uint16_t sign = uint16_t(u >> 16) & 0x8000;
+  const uint32_t rest = u & 0x7fffffff;
+  uint16_t bits;
+  if (rest > 0x7f800000) {
+    bits = 0x7e00;
+  } else if (rest >= 0x477ff000) { // rounds beyond half's largest number
+    bits = 0x7c00;
+  } else if (rest < 0x38800000) { // subnormal: let the addition round
+    bits = uint16_t(bit_cast_of<uint32_t>(bit_cast_of<float>(rest) + 0.5f));
+  } else {
+    bits = uint16_t((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13);
+  }
+  p->bits = bits | sign;
+#endif
+}
+
+template <typename R>
+static inline Vector<R> load(const R* p) {
+  Vector<R> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+static inline Vector<float> load(const BFloat16* p) {
+  typedef uint16_t Bits
+      __attribute__((vector_size(MLX_DEFORM_VECTOR_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(MLX_DEFORM_VECTOR_BYTES)));
+  Bits bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return bit_cast_of<Vector<float>>(
+      Wide(__builtin_convertvector(bits, Wide) << 16));
+}
+static inline Vector<float> load(const Float16* p) {
+#if defined(__F16C__) && MLX_DEFORM_VECTOR_BYTES == 32
+  __m128i bits;
+  __builtin_memcpy(&bits, p, sizeof(bits));
+  return bit_cast_of<Vector<float>>(_mm256_cvtph_ps(bits));
+#else
+  Vector<float> v;
+  for (int i = 0; i < VectorOf<float>::width; ++i) {
+    v[i] = load_one(p + i);
+  }
+  return v;
+#endif
+}
+
+template <typename R>
+static inline void store(R* p, Vector<R> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// The lanes' sum, always in the same order.
+template <typename R>
+static inline R sum_of(Vector<R> v) {
+  R sum = v[0];
+  for (int i = 1; i < VectorOf<R>::width; ++i) {
+    sum += v[i];
+  }
+  return sum;
+}
+
+// ---- kernels
+
+template <typename R>
+void plan(
+    const DeformConv2dParams& params,
+    const Block& block,
+    const R* offset,
+    const R* mask,
+    Sample<R>* samples) {
+  const int taps = params.kH * params.kW;
+  const GroupRange groups =
+      offset_groups(params, block.channel_begin, block.channel_end);
+  const int64_t pixel_row = int64_t(params.DG) * taps;
+  const int64_t row = int64_t(params.W) * params.C;
+
+  int64_t rest = block.pixel_begin;
+  int wo = int(rest % params.Wo);
+  rest /= params.Wo;
+  int ho = int(rest % params.Ho);
+  int64_t n = rest / params.Ho;
+
+  for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
+    const int64_t image = n * params.H * row;
+    int i = block.tap_begin / params.kW;
+    int j = block.tap_begin % params.kW;
+    for (int k = block.tap_begin; k < block.tap_end; ++k) {
+      for (int dg = groups.first; dg < groups.last; ++dg, ++samples) {
+        const int64_t at = p * pixel_row + int64_t(dg) * taps + k;
+        const R y = sample_coordinate<R>(
+            ho, params.stride_h, params.pad_h, i, params.dilation_h, offset[2 * at]);
+        const R x = sample_coordinate<R>(
+            wo, params.stride_w, params.pad_w, j, params.dilation_w, offset[2 * at + 1]);
+        Sample<R>& sample = *samples;
+        sample.cell = bilinear_cell<R>(y, x, params.H, params.W);
+        if (sample.cell.nan) {
+          // NaN weights make value and slopes NaN by themselves.
+          sample.cell.ly = sample.cell.lx = R(__builtin_nan(""));
+        }
+        sample.mask = mask ? mask[at] : R(1);
+        const int64_t corner =
+            image + sample.cell.y * row + int64_t(sample.cell.x) * params.C;
+        const bool* valid = sample.cell.corner;
+        sample.corner[0] = valid[0] ? corner : -1;
+        sample.corner[1] = valid[1] ? corner + params.C : -1;
+        sample.corner[2] = valid[2] ? corner + row : -1;
+        sample.corner[3] = valid[3] ? corner + row + params.C : -1;
+      }
+      if (++j == params.kW) {
+        j = 0;
+        ++i;
+      }
+    }
+    if (++wo == params.Wo) {
+      wo = 0;
+      if (++ho == params.Ho) {
+        ho = 0;
+        ++n;
+      }
+    }
+  }
+}
+
+template <typename T>
+static inline const T*
+corner_at(const T* input, const T* zeros, int64_t corner, int channel) {
+  return (corner < 0 ? zeros : input + corner) + channel;
+}
+
+template <typename T, typename R>
+void sample(
+    const DeformConv2dParams& params,
+    const Block& block,
+    const Sample<R>* samples,
+    const T* input,
+    const T* zeros,
+    R* columns,
+    int64_t pixel_stride,
+    int64_t tap_stride) {
+  constexpr int width = VectorOf<R>::width;
+  const GroupRange groups =
+      offset_groups(params, block.channel_begin, block.channel_end);
+  const int group_width = params.C / params.DG;
+
+  for (int64_t p = 0; p < block.pixels(); ++p) {
+    for (int k = 0; k < block.taps(); ++k) {
+      R* out = columns + p * pixel_stride + k * tap_stride;
+      int c = block.channel_begin;
+      for (int dg = groups.first; dg < groups.last; ++dg, ++samples) {
+        const int group_end = (dg + 1) * group_width;
+        const int end =
+            group_end < block.channel_end ? group_end : block.channel_end;
+        const int n = end - c;
+        const CornerWeights<R> weights = value_weights(samples->cell);
+        const R w0 = weights.w[0], w1 = weights.w[1];
+        const R w2 = weights.w[2], w3 = weights.w[3];
+        const R m = samples->mask;
+        const T* p0 = corner_at(input, zeros, samples->corner[0], c);
+        const T* p1 = corner_at(input, zeros, samples->corner[1], c);
+        const T* p2 = corner_at(input, zeros, samples->corner[2], c);
+        const T* p3 = corner_at(input, zeros, samples->corner[3], c);
+        int q = 0;
+        for (; q + width <= n; q += width) {
+          store(
+              out + q,
+              m *
+                  (w0 * load(p0 + q) + w1 * load(p1 + q) + w2 * load(p2 + q) +
+                   w3 * load(p3 + q)));
+        }
+        for (; q < n; ++q) {
+          out[q] = m *
+              (w0 * load_one(p0 + q) + w1 * load_one(p1 + q) +
+               w2 * load_one(p2 + q) + w3 * load_one(p3 + q));
+        }
+        out += n;
+        c = end;
+      }
+    }
+  }
+}
+
+template <typename T, typename R>
+void offset_grad(
+    const DeformConv2dParams& params,
+    const Block& block,
+    const Sample<R>* samples,
+    const T* input,
+    const T* zeros,
+    const R* grad_columns,
+    R* grad_offset,
+    R* grad_mask) {
+  constexpr int width = VectorOf<R>::width;
+  const int taps = params.kH * params.kW;
+  const int group_width = params.C / params.DG;
+  const int64_t pixel_row = int64_t(params.DG) * taps;
+
+  for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
+    for (int k = block.tap_begin; k < block.tap_end; ++k) {
+      for (int dg = 0; dg < params.DG; ++dg, ++samples) {
+        const int c = dg * group_width;
+        const T* p0 = corner_at(input, zeros, samples->corner[0], c);
+        const T* p1 = corner_at(input, zeros, samples->corner[1], c);
+        const T* p2 = corner_at(input, zeros, samples->corner[2], c);
+        const T* p3 = corner_at(input, zeros, samples->corner[3], c);
+        // The cotangent times each corner, summed over the channels: value and
+        // both slopes are combinations of these four numbers.
+        Vector<R> s0{}, s1{}, s2{}, s3{};
+        int q = 0;
+        for (; q + width <= group_width; q += width) {
+          const Vector<R> g = load(grad_columns + q);
+          s0 += g * load(p0 + q);
+          s1 += g * load(p1 + q);
+          s2 += g * load(p2 + q);
+          s3 += g * load(p3 + q);
+        }
+        R corner[4] = {sum_of<R>(s0), sum_of<R>(s1), sum_of<R>(s2), sum_of<R>(s3)};
+        for (; q < group_width; ++q) {
+          const R g = grad_columns[q];
+          corner[0] += g * load_one(p0 + q);
+          corner[1] += g * load_one(p1 + q);
+          corner[2] += g * load_one(p2 + q);
+          corner[3] += g * load_one(p3 + q);
+        }
+        grad_columns += group_width;
+
+        const auto combine = [&](CornerWeights<R> weights) {
+          return weights.w[0] * corner[0] + weights.w[1] * corner[1] +
+              weights.w[2] * corner[2] + weights.w[3] * corner[3];
+        };
+        const int64_t at = p * pixel_row + int64_t(dg) * taps + k;
+        if (grad_offset) {
+          const R m = samples->mask;
+          grad_offset[2 * at] = m * combine(slope_weights_y(samples->cell));
+          grad_offset[2 * at + 1] = m * combine(slope_weights_x(samples->cell));
+        }
+        if (grad_mask) {
+          grad_mask[at] = combine(value_weights(samples->cell));
+        }
+      }
+    }
+  }
+}
+
+template <typename R>
+void scatter(
+    const DeformConv2dParams& params,
+    const Block& block,
+    const Sample<R>* samples,
+    const R* grad_columns,
+    R* grad_input) {
+  constexpr int width = VectorOf<R>::width;
+  const int group_width = params.C / params.DG;
+  const GroupRange groups =
+      offset_groups(params, block.channel_begin, block.channel_end);
+
+  for (int64_t at = 0; at < block.pixels() * block.taps(); ++at) {
+    const R* grad = grad_columns + at * params.C;
+    const Sample<R>* row = samples + at * params.DG;
+    for (int dg = groups.first; dg < groups.last; ++dg) {
+      const int group_begin = dg * group_width;
+      const int group_end = group_begin + group_width;
+      const int begin =
+          group_begin > block.channel_begin ? group_begin : block.channel_begin;
+      const int end =
+          group_end < block.channel_end ? group_end : block.channel_end;
+      const CornerWeights<R> weights = value_weights(row[dg].cell);
+      for (int corner = 0; corner < 4; ++corner) {
+        if (row[dg].corner[corner] < 0) {
+          continue;
+        }
+        R* to = grad_input + row[dg].corner[corner];
+        const R w = weights.w[corner] * row[dg].mask;
+        int q = begin;
+        for (; q + width <= end; q += width) {
+          store(to + q, load(to + q) + w * load(grad + q));
+        }
+        for (; q < end; ++q) {
+          to[q] += w * grad[q];
+        }
+      }
+    }
+  }
+}
+
+template <typename T, typename R>
+void to_compute(const T* from, R* to, int64_t n) {
+  constexpr int width = VectorOf<R>::width;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) {
+    store(to + i, load(from + i));
+  }
+  for (; i < n; ++i) {
+    to[i] = load_one(from + i);
+  }
+}
+
+template <typename T, typename R>
+void from_compute(const R* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    store_one(to + i, from[i]);
+  }
+}
+
+template <typename T, typename R>
+constexpr TileKernels<T, R> table{
+    plan<R>,
+    sample<T, R>,
+    offset_grad<T, R>,
+    scatter<R>,
+    to_compute<T, R>,
+    from_compute<T, R>};
+
+} // namespace
+
+extern const TileKernels<float, float> kernels_float32;
+extern const TileKernels<double, double> kernels_float64;
+extern const TileKernels<Float16, float> kernels_float16;
+extern const TileKernels<BFloat16, float> kernels_bfloat16;
+
+const TileKernels<float, float> kernels_float32 = table<float, float>;
+const TileKernels<double, double> kernels_float64 = table<double, double>;
+const TileKernels<Float16, float> kernels_float16 = table<Float16, float>;
+const TileKernels<BFloat16, float> kernels_bfloat16 = table<BFloat16, float>;
+
+} // namespace mlx_deform::cpu::MLX_DEFORM_ISA

@@ -1,0 +1,253 @@
+// How the CPU backend cuts a convolution into tiles that stay in cache, and the
+// gradient of the sampling that both ops share. Tile sizes follow from the
+// problem alone, never from the number of threads, so that results do too.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <type_traits>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/types/half_types.h"
+#include "mlx_ops/checks.h"
+#include "mlx_ops/cpu/thread_pool.h"
+#include "mlx_ops/cpu/tile_kernels.h"
+
+namespace mlx_deform::cpu {
+
+// Columns of one block; with tile_pixels rows they take 512 KB in float32.
+constexpr int64_t block_width = 512;
+constexpr int64_t tile_pixels = 256;
+// Bytes of column cotangents (and their samples) between two passes.
+constexpr int64_t chunk_bytes = 8 << 20;
+// Channel ranges that workers write side by side start on cache lines.
+constexpr int channel_step = 16;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
+// Calls f.template operator()<T, R>() for the storage type `dtype`.
+template <typename F>
+void dispatch_types(mx::Dtype dtype, F&& f) {
+  if (dtype == mx::float64) {
+    f.template operator()<double, double>();
+  } else if (dtype == mx::float32) {
+    f.template operator()<float, float>();
+  } else if (dtype == mx::float16) {
+    f.template operator()<Float16, float>();
+  } else {
+    f.template operator()<BFloat16, float>();
+  }
+}
+
+// What sampling reads.
+template <typename T, typename R>
+struct Source {
+  DeformConv2dParams params;
+  const T* input;
+  const R* offset;
+  const R* mask; // or null
+  std::vector<T> zeros; // read in place of corners outside the image
+  const TileKernels<T, R>& kernels;
+
+  Source(
+      const DeformConv2dParams& p,
+      const mx::array& input,
+      const mx::array& offset,
+      const mx::array* mask)
+      : params(p),
+        input(input.data<T>()),
+        offset(offset.data<R>()),
+        mask(mask ? mask->data<R>() : nullptr),
+        zeros(p.C, T{}),
+        kernels(tile_kernels<T, R>()) {}
+
+  int taps() const {
+    return params.kH * params.kW;
+  }
+  int64_t pixels() const {
+    return params.pixel_end - params.pixel_begin;
+  }
+
+  // The block's columns, [pixels][taps][channels], in the worker's memory.
+  R* sample(const Block& block, Worker& worker) const {
+    R* columns = worker.columns.get<R>(block.pixels() * block.width());
+    sample_to(block, columns, block.width(), block.channels(), worker);
+    return columns;
+  }
+
+  void sample_to(
+      const Block& block,
+      R* columns,
+      int64_t pixel_stride,
+      int64_t tap_stride,
+      Worker& worker) const {
+    const int groups =
+        offset_groups(params, block.channel_begin, block.channel_end).count();
+    auto* samples = worker.samples.get<Sample<R>>(
+        block.pixels() * block.taps() * groups);
+    kernels.plan(params, block, offset, mask, samples);
+    kernels.sample(
+        params,
+        block,
+        samples,
+        input,
+        zeros.data(),
+        columns,
+        pixel_stride,
+        tap_stride);
+  }
+};
+
+// A range of columns that one product takes: whole taps of whole weight groups,
+// or a part of one group's channels at one tap.
+struct ColumnRange {
+  int tap_begin;
+  int tap_end;
+  int channel_begin;
+  int channel_end;
+
+  Block at(int64_t pixel_begin, int64_t pixel_end) const {
+    return {
+        pixel_begin,
+        pixel_end,
+        tap_begin,
+        tap_end,
+        channel_begin,
+        channel_end};
+  }
+};
+
+// All columns, about `width` at a time, group by group.
+inline std::vector<ColumnRange> column_ranges(
+    const DeformConv2dParams& p,
+    int64_t width) {
+  const int taps = p.kH * p.kW;
+  const int group = p.C / p.G; // channels of a weight group
+  // Groups of few channels are sampled together: vectors run along channels.
+  const int together = group >= channel_step
+      ? 1
+      : std::min<int>(p.G, ceil_div(4 * channel_step, group));
+  std::vector<ColumnRange> ranges;
+  for (int g = 0; g < p.G; g += together) {
+    const int begin = g * group;
+    const int end = std::min(g + together, p.G) * group;
+    if (end - begin > width) {
+      const int step = static_cast<int>(
+          round_up(ceil_div(group, ceil_div(group, width)), channel_step));
+      for (int k = 0; k < taps; ++k) {
+        for (int c = begin; c < end; c += step) {
+          ranges.push_back({k, k + 1, c, std::min(c + step, end)});
+        }
+      }
+    } else {
+      const int64_t most = std::max<int64_t>(1, width / (end - begin));
+      const int step = static_cast<int>(ceil_div(taps, ceil_div(taps, most)));
+      for (int k = 0; k < taps; k += step) {
+        ranges.push_back({k, std::min(k + step, taps), begin, end});
+      }
+    }
+  }
+  return ranges;
+}
+
+// Pixels of one tile: large enough for an efficient product, small enough that
+// small maps still make a few tiles.
+inline int64_t pixels_per_tile(int64_t pixels) {
+  return std::clamp<int64_t>(
+      round_up(ceil_div(pixels, 16), 16), 32, tile_pixels);
+}
+
+template <typename R>
+void fill_zero(ThreadPool::Session& session, R* data, int64_t count) {
+  constexpr int64_t piece = 1 << 16;
+  session.run(ceil_div(count, piece), [&](int64_t i, Worker&) {
+    std::fill(
+        data + i * piece, data + std::min(count, (i + 1) * piece), R(0));
+  });
+}
+
+// The gradients of sampling, from the cotangent of the columns. Outputs may be
+// null. `column_cotangent(block, columns, worker)` writes the cotangent of the
+// block's columns, [pixels][taps][C]. Columns are taken chunk by chunk: workers
+// first make a chunk's cotangents and reduce them to offset and mask, then add
+// them to the image, each to channels of its own and in the order of pixels, so
+// that nothing races and the sum doesn't depend on who computes it.
+template <typename T, typename R, typename F>
+void sampling_vjp(
+    ThreadPool::Session& session,
+    const Source<T, R>& source,
+    const F& column_cotangent,
+    R* grad_input,
+    R* grad_offset,
+    R* grad_mask) {
+  const DeformConv2dParams& p = source.params;
+  if (grad_input) {
+    fill_zero(session, grad_input, int64_t(p.N) * p.H * p.W * p.C);
+  }
+  const int most_taps =
+      static_cast<int>(std::max<int64_t>(1, 2 * block_width / p.C));
+  const int step = static_cast<int>(
+      ceil_div(source.taps(), ceil_div(source.taps(), most_taps)));
+  const int64_t pixel_bytes =
+      step * (p.C * sizeof(R) + p.DG * sizeof(Sample<R>));
+  const int64_t tile =
+      std::min(pixels_per_tile(source.pixels()), tile_pixels / 2);
+  const int64_t chunk =
+      round_up(std::max<int64_t>(1, chunk_bytes / pixel_bytes), tile);
+  const int parts = static_cast<int>(
+      std::min<int64_t>(session.size(), ceil_div(p.C, channel_step)));
+  const int part =
+      static_cast<int>(round_up(ceil_div(p.C, parts), channel_step));
+
+  for (int64_t begin = 0; begin < source.pixels(); begin += chunk) {
+    const int64_t end = std::min(begin + chunk, source.pixels());
+    for (int k = 0; k < source.taps(); k += step) {
+      const Block all{begin, end, k, std::min(k + step, source.taps()), 0, p.C};
+      R* columns = session.shared().get<R>(all.pixels() * all.width());
+      auto* samples = session.shared_samples().get<Sample<R>>(
+          all.pixels() * all.taps() * p.DG);
+
+      session.run(
+          ceil_div(all.pixels(), tile), [&](int64_t i, Worker& worker) {
+            Block block = all;
+            block.pixel_begin = begin + i * tile;
+            block.pixel_end = std::min(block.pixel_begin + tile, end);
+            R* grad = columns + i * tile * all.width();
+            auto* plan = samples + i * tile * all.taps() * p.DG;
+            source.kernels.plan(p, block, source.offset, source.mask, plan);
+            column_cotangent(block, grad, worker);
+            if (grad_offset || grad_mask) {
+              source.kernels.offset_grad(
+                  p,
+                  block,
+                  plan,
+                  source.input,
+                  source.zeros.data(),
+                  grad,
+                  grad_offset,
+                  grad_mask);
+            }
+          });
+
+      if (grad_input) {
+        session.run(ceil_div(p.C, part), [&](int64_t i, Worker&) {
+          Block block = all;
+          block.channel_begin = static_cast<int>(i * part);
+          block.channel_end = std::min(block.channel_begin + part, p.C);
+          source.kernels.scatter(p, block, samples, columns, grad_input);
+        });
+      }
+    }
+  }
+}
+
+} // namespace mlx_deform::cpu

@@ -1,0 +1,26 @@
+"""Deformable convolution (DCNv1, DCNv2) as a native MLX op with gradients."""
+
+import importlib.metadata
+
+import mlx.core as _mx
+
+__version__ = importlib.metadata.version("mlx-deform")
+
+
+def _check_mlx_version(found: str) -> None:
+    # MLX's C++ API has no stable ABI: another version would fail in ways that
+    # say nothing about the cause.
+    pins = importlib.metadata.requires("mlx-deform") or []
+    wanted = next(pin.split("==")[1] for pin in pins if pin.startswith("mlx=="))
+    if found != wanted:
+        raise ImportError(
+            f"mlx_deform {__version__} was built for mlx {wanted} but found mlx {found}; "
+            f'run pip install "mlx=={wanted}" or install the mlx_deform made for mlx {found}.'
+        )
+
+
+_check_mlx_version(_mx.__version__)
+
+from ._ext import deform_conv2d, deform_im2col  # noqa: E402
+
+__all__ = ["__version__", "deform_conv2d", "deform_im2col"]
