@@ -9,7 +9,10 @@ set(MLX_DEFORM_CORE_SOURCES
     mlx_ops/cpu/deform_im2col.cpp
     mlx_ops/cpu/gemm.cpp
     mlx_ops/cpu/thread_pool.cpp
-    mlx_ops/cpu/tile_kernels.cpp)
+    mlx_ops/cpu/tile_kernels.cpp
+    mlx_ops/gpu/deform_conv2d.cpp
+    mlx_ops/gpu/deform_im2col.cpp
+    mlx_ops/gpu/dispatch.cpp)
 
 # Compiled once per instruction set.
 set(MLX_DEFORM_KERNEL_SOURCES
@@ -17,12 +20,21 @@ set(MLX_DEFORM_KERNEL_SOURCES
 set(MLX_DEFORM_X86_KERNEL_SOURCES
     mlx_ops/cpu/tile_kernels_avx2.cpp)
 
+# One GPU backend a build.
 set(MLX_DEFORM_METAL_SOURCES
     mlx_ops/metal/kernels.cpp)
 set(MLX_DEFORM_NO_GPU_SOURCES
-    mlx_ops/no_gpu/deform_conv2d.cpp)
+    mlx_ops/no_gpu/kernels.cpp)
+
+# Embedded as text in every build; their includes come along.
+set(MLX_DEFORM_METAL_KERNELS
+    metal/deform_im2col.metal
+    metal/deform_col2im.metal
+    metal/deform_offset_grad.metal
+    metal/zero_fill.metal)
 
 set(MLX_DEFORM_BINDING_SOURCES
     python/src/module.cpp
     python/src/deform_conv2d.cpp
-    python/src/deform_im2col.cpp)
+    python/src/deform_im2col.cpp
+    python/src/dispatch.cpp)

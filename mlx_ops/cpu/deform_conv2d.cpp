@@ -10,6 +10,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_ops/cpu/gemm.h"
 #include "mlx_ops/cpu/tiles.h"
+#include "mlx_ops/gpu/kernels.h"
 
 namespace mlx_deform {
 
@@ -272,6 +273,9 @@ void backward(
 void DeformConv2d::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
+  if (gpu::stands_in_on_cpu()) {
+    return eval_gpu(inputs, outputs);
+  }
   const DeformConv2dParams p = params(inputs);
   mx::array& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
@@ -302,6 +306,9 @@ void DeformConv2d::eval_cpu(
 void DeformConv2dVJP::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
+  if (gpu::stands_in_on_cpu()) {
+    return eval_gpu(inputs, outputs);
+  }
   const DeformConv2dParams p = params(inputs);
   std::vector<mx::array> in;
   for (const auto& x : inputs) {

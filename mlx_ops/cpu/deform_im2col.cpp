@@ -5,6 +5,7 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_ops/cpu/tiles.h"
+#include "mlx_ops/gpu/kernels.h"
 
 namespace mlx_deform {
 
@@ -50,6 +51,9 @@ void im2col(const Source<T, R>& source, T* columns) {
 void DeformIm2col::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
+  if (gpu::stands_in_on_cpu()) {
+    return eval_gpu(inputs, outputs);
+  }
   const DeformConv2dParams p = params(inputs);
   mx::array& out = outputs[0];
   out.set_data(mx::allocator::malloc(out.nbytes()));
@@ -73,6 +77,9 @@ void DeformIm2col::eval_cpu(
 void DeformIm2colVJP::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
+  if (gpu::stands_in_on_cpu()) {
+    return eval_gpu(inputs, outputs);
+  }
   const DeformConv2dParams p = params(inputs);
   std::vector<mx::array> in;
   for (const auto& x : inputs) {

@@ -38,4 +38,5 @@ NB_MODULE(_ext, m) {
   m.doc() = "Deformable convolution for MLX: the compiled ops.";
   init_deform_conv2d(m);
   init_deform_im2col(m);
+  init_dispatch(m);
 }

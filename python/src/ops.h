@@ -29,3 +29,6 @@ mlx_deform::Geometry to_geometry(
 // One function per op, each in a file of its name.
 void init_deform_conv2d(nb::module_& m);
 void init_deform_im2col(nb::module_& m);
+
+// Private functions for tests: the GPU's dispatch plan.
+void init_dispatch(nb::module_& m);

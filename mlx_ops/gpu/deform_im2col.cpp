@@ -1,0 +1,62 @@
+#include "mlx_ops/deform_im2col.h"
+
+#include "mlx/allocator.h"
+#include "mlx_ops/gpu/kernels.h"
+
+namespace mlx_deform {
+
+void DeformIm2col::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  mx::array& columns = outputs[0];
+  columns.set_data(mx::allocator::malloc(columns.nbytes()));
+  gpu::im2col(
+      params(inputs),
+      inputs[0],
+      inputs[1],
+      has_mask_ ? &inputs[2] : nullptr,
+      columns,
+      stream());
+}
+
+void DeformIm2colVJP::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  for (mx::array& x : outputs) {
+    x.set_data(mx::allocator::malloc(x.nbytes()));
+  }
+  size_t next = 0;
+  const auto take = [&](bool wanted) {
+    return wanted ? &outputs[next++] : nullptr;
+  };
+  mx::array* grad_input = take(wanted_.input);
+  mx::array* grad_offset = take(wanted_.offset);
+  mx::array* grad_mask = take(wanted_.mask);
+
+  const DeformConv2dParams p = params(inputs);
+  const mx::array* mask = has_mask_ ? &inputs[3] : nullptr;
+  if (grad_input) {
+    gpu::zero_fill(*grad_input, stream());
+    gpu::col2im(
+        p,
+        inputs[2],
+        inputs[1],
+        mask,
+        *grad_input,
+        gpu::deterministic(),
+        stream());
+  }
+  if (grad_offset || grad_mask) {
+    gpu::offset_grad(
+        p,
+        inputs[0],
+        inputs[1],
+        mask,
+        inputs[2],
+        grad_offset,
+        grad_mask,
+        stream());
+  }
+}
+
+} // namespace mlx_deform

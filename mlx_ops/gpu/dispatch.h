@@ -1,0 +1,124 @@
+// How a deformable convolution is laid out on a GPU: which kernel runs, with
+// which constants, buffers, grid and group, and how the columns are cut into
+// chunks. Pure arithmetic on sizes, without MLX or Metal, so that a test on any
+// machine can read the plan and run it.
+//
+// Sizes that do not fit raise std::invalid_argument; nothing here overflows.
+
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "mlx_ops/deform_conv2d_params.h"
+
+namespace mlx_deform::gpu {
+
+// The kernels of one library share a data type and an index width.
+struct Library {
+  std::string dtype; // "float32", "float16" or "bfloat16"
+  int index_bits = 32; // 32, or 64 where an array has 2^31 elements or more
+};
+
+struct FunctionConstant {
+  std::string name;
+  int index;
+  bool is_bool; // else a 32-bit integer
+  int value;
+};
+
+// "input", "offset", "mask", "columns", "grad_columns", "grad_input",
+// "grad_offset", "grad_mask", "out": an array. "params": the bytes of the
+// DeformConv2dParams. "size": the bytes of an int64, the elements of "out".
+struct Binding {
+  std::string role;
+  int index;
+  bool is_output;
+};
+
+struct Launch {
+  std::string kernel; // host name
+  Library library;
+  std::vector<FunctionConstant> constants;
+  std::vector<Binding> buffers;
+  std::array<int64_t, 3> grid{}; // threads
+  std::array<int64_t, 3> group{};
+  int vector_width = 1; // channels that a thread reads at once
+
+  bool empty() const {
+    return grid[0] == 0 || grid[1] == 0 || grid[2] == 0;
+  }
+};
+
+struct PlanOptions {
+  // Every array starts at a multiple of this, in bytes: a power of two.
+  int alignment = 16;
+  // For tests: choose what the sizes would choose, 0 leaves it to them. A
+  // vector width that does not fit is refused.
+  int vector_width = 0;
+  int index_bits = 0;
+  // The longest row of threadgroups; longer ones are wrapped into rows.
+  int64_t groups_per_row = int64_t(1) << 20;
+};
+
+// Columns of the pixels [pixel_begin, pixel_end).
+Launch plan_im2col(
+    const DeformConv2dParams& params,
+    const std::string& dtype,
+    const PlanOptions& options = {});
+
+// Adds to grad_input, in float32. The deterministic kernel adds in a fixed
+// order, so its result is bitwise the same on every run; it is slower.
+Launch plan_col2im(
+    const DeformConv2dParams& params,
+    const std::string& dtype,
+    bool deterministic,
+    const PlanOptions& options = {});
+
+// Writes grad_offset, grad_mask or both, of the pixels [pixel_begin, pixel_end).
+// Deterministic.
+Launch plan_offset_grad(
+    const DeformConv2dParams& params,
+    const std::string& dtype,
+    bool wants_offset,
+    bool wants_mask,
+    const PlanOptions& options = {});
+
+Launch plan_zero_fill(int64_t size);
+
+// The launch's group, made small enough for a pipeline that allows fewer
+// threads (Metal's maxTotalThreadsPerThreadgroup). Every kernel gives the same
+// result with it.
+std::array<int64_t, 3> fit_group(const Launch& launch, int64_t max_threads);
+
+// The macros that choose a library's types, to be put in front of the source.
+std::string library_header(const Library& library);
+
+// A name for a library of the kernels whose source has this hash: JIT caches go
+// by name alone.
+std::string library_name(
+    const Library& library,
+    const std::string& source_hash);
+
+std::string hash_of(const std::string& source);
+
+struct Chunk {
+  int64_t pixel_begin;
+  int64_t pixel_end;
+};
+
+// Cuts the N * Ho * Wo output pixels so that one chunk's columns take at most
+// `budget` bytes where a single pixel does: whole output rows where one fits,
+// and chunks of nearly equal size.
+std::vector<Chunk> plan_chunks(
+    const DeformConv2dParams& params,
+    int64_t itemsize,
+    int64_t budget);
+
+// Bytes for the columns of a chunk: the environment's
+// MLX_DEFORM_COLUMN_BUDGET_MB, or 64 MB.
+int64_t column_budget();
+
+} // namespace mlx_deform::gpu

@@ -1,0 +1,73 @@
+// What a GPU backend provides: the kernels of a deformable convolution, encoded
+// on a stream. Arrays are row-contiguous and allocated by the caller, who keeps
+// them alive until the stream has run. offset and mask are float32; input,
+// columns and grad_columns share one type of float32, float16, bfloat16.
+//
+// One directory a backend implements this: metal/, or no_gpu/ where there is none.
+
+#pragma once
+
+#include "mlx/array.h"
+#include "mlx/stream.h"
+
+#include "mlx_ops/deform_conv2d_params.h"
+
+namespace mlx_deform::gpu {
+
+namespace mx = mlx::core;
+
+// Writes the columns of the pixels [params.pixel_begin, params.pixel_end).
+// `mask` is null exactly where params.has_mask is 0.
+void im2col(
+    const DeformConv2dParams& params,
+    const mx::array& input, // (N, H, W, C)
+    const mx::array& offset, // (N, Ho, Wo, DG * kH * kW * 2)
+    const mx::array* mask, // (N, Ho, Wo, DG * kH * kW)
+    mx::array& columns, // strides in params
+    mx::Stream stream);
+
+// Adds the pixels' share to grad_input, which holds zeros or an earlier sum.
+// Without `deterministic` the order of the additions varies from run to run.
+void col2im(
+    const DeformConv2dParams& params,
+    const mx::array& grad_columns, // strides in params
+    const mx::array& offset, // (N, Ho, Wo, DG * kH * kW * 2)
+    const mx::array* mask, // (N, Ho, Wo, DG * kH * kW)
+    mx::array& grad_input_f32, // (N, H, W, C), float32
+    bool deterministic,
+    mx::Stream stream);
+
+// Writes the pixels' elements of grad_offset and grad_mask, both float32; either
+// may be null. Deterministic.
+void offset_grad(
+    const DeformConv2dParams& params,
+    const mx::array& input, // (N, H, W, C)
+    const mx::array& offset, // (N, Ho, Wo, DG * kH * kW * 2)
+    const mx::array* mask, // (N, Ho, Wo, DG * kH * kW)
+    const mx::array& grad_columns, // strides in params
+    mx::array* grad_offset, // as offset
+    mx::array* grad_mask, // as mask
+    mx::Stream stream);
+
+// Writes the cotangent of the pixels' columns: for each weight group the
+// cotangent's rows times the weight, (pixels x O / G) (O / G x kH * kW * C / G).
+void column_product(
+    const DeformConv2dParams& params,
+    const mx::array& cotangent, // (N, Ho, Wo, O)
+    const mx::array& weight, // (O, kH, kW, C / G)
+    mx::array& grad_columns, // strides in params
+    mx::Stream stream);
+
+// Fills a float32 array with zeros.
+void zero_fill(mx::array& out, mx::Stream stream);
+
+// Holds an array until the stream has run what is encoded so far.
+void keep(const mx::array& x, mx::Stream stream);
+
+// Whether the CPU takes the GPU's route too, for tests where there is no GPU.
+bool stands_in_on_cpu();
+
+// Whether MLX_DEFORM_DETERMINISTIC asks for sums in a fixed order.
+bool deterministic();
+
+} // namespace mlx_deform::gpu

@@ -1,0 +1,176 @@
+// Encodes the launches of the dispatch plan with MLX's Metal command encoder.
+
+#include "mlx_ops/gpu/kernels.h"
+
+#include <cstdint>
+#include <map>
+#include <sstream>
+#include <string>
+#include <variant>
+
+#include "mlx/backend/metal/device.h"
+
+#include "mlx_ops/gpu/dispatch.h"
+#include "mlx_ops/metal/sources.h"
+
+namespace mlx_deform::gpu {
+
+namespace {
+
+// What a launch's buffer roles stand for.
+struct Arguments {
+  std::map<std::string, const mx::array*> inputs;
+  std::map<std::string, mx::array*> outputs;
+  const DeformConv2dParams* params = nullptr;
+  int64_t size = 0;
+};
+
+std::string dtype_name(const mx::array& a) {
+  switch (a.dtype()) {
+    case mx::float16:
+      return "float16";
+    case mx::bfloat16:
+      return "bfloat16";
+    default: // the plan refuses what has no kernels
+      return a.dtype() == mx::float32 ? "float32" : "another type";
+  }
+}
+
+// Vector accesses need aligned arrays; a slice may start anywhere. Metal's
+// buffers themselves start at a multiple of 16.
+PlanOptions options_for(std::initializer_list<const mx::array*> vectors) {
+  PlanOptions out;
+  for (const mx::array* a : vectors) {
+    while (a->offset() % out.alignment != 0) {
+      out.alignment /= 2;
+    }
+  }
+  return out;
+}
+
+MTL::Library* library_for(mx::metal::Device& device, const Library& library) {
+  static const std::string hash = hash_of(metal::kernel_source);
+  // NaN and infinite coordinates have defined results, which fast math breaks.
+  mx::CompileOptions options;
+  options.math_mode = mx::MathMode::Safe;
+  return device.get_library(library_name(library, hash), options, [&]() {
+    return library_header(library) + metal::kernel_source;
+  });
+}
+
+MTL::ComputePipelineState* pipeline_for(
+    mx::metal::Device& device,
+    const Launch& launch) {
+  std::ostringstream name;
+  name << launch.kernel;
+  mx::metal::MTLFCList constants;
+  for (const FunctionConstant& constant : launch.constants) {
+    name << "_" << constant.name << "_" << constant.value;
+    // A bool's byte is the first one of a little-endian 0 or 1.
+    constants.emplace_back(
+        &constant.value,
+        constant.is_bool ? MTL::DataType::DataTypeBool
+                         : MTL::DataType::DataTypeInt,
+        constant.index);
+  }
+  return device.get_kernel(
+      launch.kernel,
+      library_for(device, launch.library),
+      name.str(),
+      constants);
+}
+
+void encode(const Launch& launch, Arguments arguments, mx::Stream stream) {
+  if (launch.empty()) {
+    return;
+  }
+  mx::metal::Device& device = mx::metal::device(stream.device);
+  mx::metal::CommandEncoder& encoder = mx::metal::get_command_encoder(stream);
+  MTL::ComputePipelineState* pipeline = pipeline_for(device, launch);
+  encoder.set_compute_pipeline_state(pipeline);
+  for (const Binding& binding : launch.buffers) {
+    if (binding.role == "params") {
+      encoder.set_bytes(*arguments.params, binding.index);
+    } else if (binding.role == "size") {
+      encoder.set_bytes(arguments.size, binding.index);
+    } else if (binding.is_output) {
+      encoder.set_output_array(
+          *arguments.outputs.at(binding.role), binding.index);
+    } else {
+      encoder.set_input_array(
+          *arguments.inputs.at(binding.role), binding.index);
+    }
+  }
+  const auto group = fit_group(
+      launch, int64_t(pipeline->maxTotalThreadsPerThreadgroup()));
+  encoder.dispatch_threads(
+      MTL::Size::Make(launch.grid[0], launch.grid[1], launch.grid[2]),
+      MTL::Size::Make(group[0], group[1], group[2]));
+}
+
+} // namespace
+
+void im2col(
+    const DeformConv2dParams& params,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    mx::array& columns,
+    mx::Stream stream) {
+  encode(
+      plan_im2col(params, dtype_name(input), options_for({&input, &columns})),
+      {{{"input", &input}, {"offset", &offset}, {"mask", mask}},
+       {{"columns", &columns}},
+       &params},
+      stream);
+}
+
+void col2im(
+    const DeformConv2dParams& params,
+    const mx::array& grad_columns,
+    const mx::array& offset,
+    const mx::array* mask,
+    mx::array& grad_input_f32,
+    bool deterministic,
+    mx::Stream stream) {
+  encode(
+      plan_col2im(params, dtype_name(grad_columns), deterministic),
+      {{{"grad_columns", &grad_columns}, {"offset", &offset}, {"mask", mask}},
+       {{"grad_input", &grad_input_f32}},
+       &params},
+      stream);
+}
+
+void offset_grad(
+    const DeformConv2dParams& params,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& grad_columns,
+    mx::array* grad_offset,
+    mx::array* grad_mask,
+    mx::Stream stream) {
+  encode(
+      plan_offset_grad(
+          params,
+          dtype_name(input),
+          grad_offset != nullptr,
+          grad_mask != nullptr,
+          options_for({&input, &grad_columns})),
+      {{{"input", &input},
+        {"offset", &offset},
+        {"mask", mask},
+        {"grad_columns", &grad_columns}},
+       {{"grad_offset", grad_offset}, {"grad_mask", grad_mask}},
+       &params},
+      stream);
+}
+
+void zero_fill(mx::array& out, mx::Stream stream) {
+  Arguments arguments;
+  arguments.outputs = {{"out", &out}};
+  arguments.size = int64_t(out.size());
+  encode(plan_zero_fill(arguments.size), arguments, stream);
+}
+
+} // namespace mlx_deform::gpu

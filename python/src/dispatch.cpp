@@ -1,0 +1,191 @@
+// Private functions that hand the GPU's dispatch plan and kernel source to the
+// tests and to benchmarks/metal_roofline.py. They need no GPU.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <array>
+#include <string>
+
+#include "mlx_ops/gpu/dispatch.h"
+#include "mlx_ops/metal/sources.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+namespace gpu = mlx_deform::gpu;
+using mlx_deform::DeformConv2dParams;
+
+// A struct from a dict with a value for every field, by name.
+DeformConv2dParams params_from(const nb::dict& fields) {
+  DeformConv2dParams p{};
+#define READ(field) p.field = nb::cast<decltype(p.field)>(fields[#field])
+  READ(N);
+  READ(H);
+  READ(W);
+  READ(C);
+  READ(O);
+  READ(kH);
+  READ(kW);
+  READ(Ho);
+  READ(Wo);
+  READ(stride_h);
+  READ(stride_w);
+  READ(pad_h);
+  READ(pad_w);
+  READ(dilation_h);
+  READ(dilation_w);
+  READ(G);
+  READ(DG);
+  READ(has_mask);
+  READ(pixel_begin);
+  READ(pixel_end);
+  READ(column_group);
+  READ(column_pixel);
+  READ(column_tap);
+#undef READ
+  return p;
+}
+
+nb::tuple tuple_of(const std::array<int64_t, 3>& a) {
+  return nb::make_tuple(a[0], a[1], a[2]);
+}
+
+nb::dict dict_of(const gpu::Launch& launch, int64_t max_threads) {
+  nb::dict constants;
+  for (const gpu::FunctionConstant& c : launch.constants) {
+    constants[c.name.c_str()] =
+        c.is_bool ? nb::object(nb::bool_(c.value != 0)) : nb::int_(c.value);
+  }
+  nb::list buffers;
+  for (const gpu::Binding& b : launch.buffers) {
+    buffers.append(nb::make_tuple(b.role, b.index, b.is_output));
+  }
+  nb::dict out;
+  out["kernel"] = launch.kernel;
+  out["dtype"] = launch.library.dtype;
+  out["index_bits"] = launch.library.index_bits;
+  out["constants"] = constants;
+  out["buffers"] = buffers;
+  out["grid"] = tuple_of(launch.grid);
+  out["group"] = tuple_of(
+      max_threads > 0 ? gpu::fit_group(launch, max_threads) : launch.group);
+  out["vector_width"] = launch.vector_width;
+  out["empty"] = launch.empty();
+  return out;
+}
+
+gpu::Launch plan(
+    const std::string& op,
+    const nb::dict& fields,
+    const std::string& dtype,
+    bool deterministic,
+    bool wants_offset,
+    bool wants_mask,
+    const gpu::PlanOptions& options) {
+  if (op == "zero_fill") {
+    return gpu::plan_zero_fill(nb::cast<int64_t>(fields["size"]));
+  }
+  const DeformConv2dParams params = params_from(fields);
+  if (op == "im2col") {
+    return gpu::plan_im2col(params, dtype, options);
+  }
+  if (op == "col2im") {
+    return gpu::plan_col2im(params, dtype, deterministic, options);
+  }
+  if (op == "offset_grad") {
+    return gpu::plan_offset_grad(
+        params, dtype, wants_offset, wants_mask, options);
+  }
+  throw nb::value_error(
+      ("[_dispatch_plan] op must be im2col, col2im, offset_grad or zero_fill; "
+       "got " +
+       op)
+          .c_str());
+}
+
+} // namespace
+
+void init_dispatch(nb::module_& m) {
+  m.def(
+      "_dispatch_plan",
+      [](const std::string& op,
+         const nb::dict& params,
+         const std::string& dtype,
+         bool deterministic,
+         bool wants_offset,
+         bool wants_mask,
+         int alignment,
+         int vector_width,
+         int index_bits,
+         int64_t groups_per_row,
+         int64_t max_threads) {
+        gpu::PlanOptions options;
+        options.alignment = alignment;
+        options.vector_width = vector_width;
+        options.index_bits = index_bits;
+        options.groups_per_row = groups_per_row;
+        return dict_of(
+            plan(
+                op,
+                params,
+                dtype,
+                deterministic,
+                wants_offset,
+                wants_mask,
+                options),
+            max_threads);
+      },
+      "op"_a,
+      "params"_a,
+      "dtype"_a = "float32",
+      nb::kw_only(),
+      "deterministic"_a = false,
+      "wants_offset"_a = true,
+      "wants_mask"_a = true,
+      "alignment"_a = gpu::PlanOptions{}.alignment,
+      "vector_width"_a = 0,
+      "index_bits"_a = 0,
+      "groups_per_row"_a = gpu::PlanOptions{}.groups_per_row,
+      "max_threads"_a = 0,
+      "The launch of a GPU kernel, as the Metal backend encodes it. `params` "
+      "holds the fields of DeformConv2dParams, or `size` for zero_fill.");
+
+  m.def(
+      "_params_bytes",
+      [](const nb::dict& params) {
+        const DeformConv2dParams p = params_from(params);
+        return nb::bytes(reinterpret_cast<const char*>(&p), sizeof(p));
+      },
+      "params"_a,
+      "A DeformConv2dParams as the kernels receive it.");
+
+  m.def(
+      "_chunk_plan",
+      [](const nb::dict& params, int64_t itemsize, int64_t budget) {
+        nb::list out;
+        for (const gpu::Chunk& chunk : gpu::plan_chunks(
+                 params_from(params),
+                 itemsize,
+                 budget > 0 ? budget : gpu::column_budget())) {
+          out.append(nb::make_tuple(chunk.pixel_begin, chunk.pixel_end));
+        }
+        return out;
+      },
+      "params"_a,
+      "itemsize"_a,
+      "budget"_a = 0,
+      "The [begin, end) output pixels of every chunk of columns.");
+
+  m.def(
+      "_metal_source",
+      [](const std::string& dtype, int index_bits) {
+        return gpu::library_header({dtype, index_bits}) +
+            mlx_deform::metal::kernel_source;
+      },
+      "dtype"_a,
+      "index_bits"_a,
+      "The text that Metal compiles for a data type and an index width.");
+}
