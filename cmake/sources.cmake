@@ -4,7 +4,10 @@
 set(MLX_DEFORM_CORE_SOURCES
     mlx_ops/checks.cpp
     mlx_ops/deform_conv2d.cpp
+    mlx_ops/deform_conv2d_transforms.cpp
     mlx_ops/deform_im2col.cpp
+    mlx_ops/deform_im2col_transforms.cpp
+    mlx_ops/offset_tangent.cpp
     mlx_ops/cpu/deform_conv2d.cpp
     mlx_ops/cpu/deform_im2col.cpp
     mlx_ops/cpu/gemm.cpp
