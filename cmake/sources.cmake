@@ -1,5 +1,4 @@
-# The source files, listed once: the build and the macOS cross-build check read
-# this. Plain set() calls only, one path a line.
+# The source files, listed once.
 
 set(MLX_DEFORM_CORE_SOURCES
     mlx_ops/checks.cpp
@@ -34,6 +33,7 @@ set(MLX_DEFORM_METAL_KERNELS
     metal/deform_im2col.metal
     metal/deform_col2im.metal
     metal/deform_offset_grad.metal
+    metal/deform_column_product.metal
     metal/zero_fill.metal)
 
 set(MLX_DEFORM_BINDING_SOURCES

@@ -1,8 +1,9 @@
 // V consecutive channels read and written at once, as float32.
 //
-// The widest access of a thread is 16 bytes: 4 floats or 8 halves. Pointers must
-// be aligned to the access; the host picks V accordingly. Half types travel as
-// words of two, which needs neither 8-wide vectors nor vectors of bfloat.
+// The widest access of a thread is 16 bytes: 4 floats or 8 halves. Pointers
+// must be aligned to the access; the host picks V accordingly. Half types
+// travel as words of two, which needs neither 8-wide vectors nor vectors of
+// bfloat.
 
 #pragma once
 
@@ -63,8 +64,8 @@ struct ChannelIO<float, 4> {
     return out;
   }
   static void store(device float* to, Channels<4> value) {
-    *(device metal::float4*)(to) = metal::float4(
-        value.at[0], value.at[1], value.at[2], value.at[3]);
+    *(device metal::float4*)(to) =
+        metal::float4(value.at[0], value.at[1], value.at[2], value.at[3]);
   }
 };
 

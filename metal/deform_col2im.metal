@@ -1,5 +1,5 @@
-// Gradient of the columns by the input: every sample's gradient, times its mask,
-// is added to the four corners it came from. grad_input is accumulated in
+// Gradient of the columns by the input: every sample's gradient, times its
+// mask, is added to the four corners it came from. grad_input is accumulated in
 // float32, whatever T is, and must hold zeros or an earlier sum.
 
 #include <metal_stdlib>
@@ -8,7 +8,7 @@
 #include "metal/function_constants.h"
 #include "metal/kernel_names.h"
 
-namespace mlx_deform {
+using namespace mlx_deform;
 
 // Scatter with atomics: the order of the additions, and with it the rounding,
 // varies from run to run. A thread takes single channels: neighbouring threads
@@ -31,8 +31,7 @@ template <typename T, typename Index>
   id.tap = int(at.y) / p.DG;
   id.group = int(at.y) - id.tap * p.DG;
 
-  const SamplePosition<Index> position =
-      sample_position<Index>(id, p, offset);
+  const SamplePosition<Index> position = sample_position<Index>(id, p, offset);
   const BilinearCell<float> cell =
       bilinear_cell<float>(position.y, position.x, p.H, p.W);
   if (!cell.inside) { // beyond the image or NaN: no pixel has a share
@@ -65,10 +64,10 @@ template <typename T, typename Index>
 }
 
 // The same sum in a fixed order, without atomics: bitwise equal on every run.
-// A SIMD group owns one image row of 32 channels of an offset group, one channel
-// a lane, and nobody else writes there. It walks the image's samples in the order
-// of the columns: its lanes look at 32 samples at once, and those that touch the
-// row are taken up one by one, all lanes adding their channel.
+// A SIMD group owns one image row of 32 channels of an offset group, one
+// channel a lane, and nobody else writes there. It walks the image's samples in
+// the order of the columns: its lanes look at 32 samples at once, and those
+// that touch the row are taken up one by one, all lanes adding their channel.
 //
 // grid: (groups of 32 lanes * group size, ...): `tasks` SIMD groups, see below
 template <typename T, typename Index>
@@ -147,7 +146,8 @@ template <typename T, typename Index>
           grad *= mask[sample_index<Index>(hit_id, p)];
         }
         for (int i = 0; i < 4; ++i) {
-          if (cell.corner[i] && cell.y + (i >> 1) == row) {
+          const bool touches_row = cell.y + (i >> 1) == row;
+          if (cell.corner[i] && touches_row) {
             const Index x_at = Index(cell.x + (i & 1));
             grad_input[row_index + x_at * Index(p.C)] += weights.w[i] * grad;
           }
@@ -166,5 +166,3 @@ MLX_DEFORM_INSTANTIATE(
 MLX_DEFORM_INSTANTIATE(
     deform_col2im_ordered,
     deform_col2im_ordered<MLX_DEFORM_T, MLX_DEFORM_INDEX>)
-
-} // namespace mlx_deform

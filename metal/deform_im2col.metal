@@ -1,19 +1,18 @@
 // Columns of a deformable convolution: every sample, times its mask.
 //
 // Neighbouring threads take neighbouring channels of one sample, so reads and
-// writes are contiguous. A thread computes its sample's cell and weights once and
-// loops over the sample's channels in steps of a whole row of threads.
+// writes are contiguous. A thread computes its sample's cell and weights once
+// and loops over the sample's channels in steps of a whole row of threads.
 //
 // grid: (lanes, kH * kW * DG, pixels)
 
 #include <metal_stdlib>
 
-#include "metal/channel_vector.h"
 #include "metal/deform_sample.h"
 #include "metal/function_constants.h"
 #include "metal/kernel_names.h"
 
-namespace mlx_deform {
+using namespace mlx_deform;
 
 template <typename T, int V, typename Index>
 [[kernel]] void deform_im2col(
@@ -30,8 +29,7 @@ template <typename T, int V, typename Index>
   id.tap = int(at.y) / p.DG;
   id.group = int(at.y) - id.tap * p.DG;
 
-  const SamplePosition<Index> position =
-      sample_position<Index>(id, p, offset);
+  const SamplePosition<Index> position = sample_position<Index>(id, p, offset);
   const BilinearCell<float> cell =
       bilinear_cell<float>(position.y, position.x, p.H, p.W);
   const CornerWeights<float> weights = value_weights<float>(cell);
@@ -44,23 +42,15 @@ template <typename T, int V, typename Index>
   const int width = p.C / p.DG;
   for (int c = int(at.x) * V; c < width; c += int(grid.x) * V) {
     const int channel = id.group * width + c;
+    const Corners<V> pixels =
+        load_corners<T, V, Index>(input, cell, corners, channel, p);
     Channels<V> column;
     for (int v = 0; v < V; ++v) {
-      column.at[v] = 0.0f;
-    }
-    for (int i = 0; i < 4; ++i) {
-      // A corner outside is not read: at a clamped address, an infinite pixel
-      // would leak as 0 * Inf.
-      if (cell.corner[i]) {
-        const Channels<V> pixel = ChannelIO<T, V>::load(
-            input + corner_index<Index>(corners, i, channel, p));
-        for (int v = 0; v < V; ++v) {
-          column.at[v] += weights.w[i] * pixel.at[v];
-        }
+      float value = 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        value += weights.w[i] * pixels.at[i].at[v];
       }
-    }
-    for (int v = 0; v < V; ++v) {
-      column.at[v] *= scale;
+      column.at[v] = scale * value;
     }
     ChannelIO<T, V>::store(
         columns + column_index<Index>(id, channel, p), column);
@@ -78,5 +68,3 @@ MLX_DEFORM_INSTANTIATE(
     deform_im2col_v8,
     deform_im2col<MLX_DEFORM_T, 8, MLX_DEFORM_INDEX>)
 #endif
-
-} // namespace mlx_deform

@@ -1,22 +1,22 @@
-// Gradients of the columns by offset and mask: sums over the channels that share
-// a sample. A segment of 1 to 32 neighbouring lanes of a SIMD group takes one
-// sample and adds up by shuffles: no atomics, no shared memory, the same order of
-// additions on every run.
+// Gradients of the columns by offset and mask: sums over the channels that
+// share a sample. A segment of 1 to 32 neighbouring lanes of a SIMD group takes
+// one sample and adds up by shuffles: no atomics, no shared memory, the same
+// order of additions on every run.
 //
 // Value and slopes are three combinations of the same four numbers, so a lane
 // sums grad * pixel per corner and the weights are applied once at the end.
 
 #include <metal_stdlib>
 
-#include "metal/channel_vector.h"
 #include "metal/deform_sample.h"
 #include "metal/function_constants.h"
 #include "metal/kernel_names.h"
 
-namespace mlx_deform {
+using namespace mlx_deform;
 
-inline float
-weighted_sum(CornerWeights<float> weights, CornerWeights<float> sums) {
+inline float weighted_sum(
+    CornerWeights<float> weights,
+    CornerWeights<float> sums) {
   return weights.w[0] * sums.w[0] + weights.w[1] * sums.w[1] +
       weights.w[2] * sums.w[2] + weights.w[3] * sums.w[3];
 }
@@ -75,12 +75,12 @@ template <typename T, int V, typename Index>
         const int channel = id.group * width + c;
         const Channels<V> grad = ChannelIO<T, V>::load(
             grad_columns + column_index<Index>(id, channel, p));
+        const Corners<V> pixels =
+            load_corners<T, V, Index>(input, cell, corners, channel, p);
         for (int i = 0; i < 4; ++i) {
-          if (cell.corner[i]) {
-            const Channels<V> pixel_value = ChannelIO<T, V>::load(
-                input + corner_index<Index>(corners, i, channel, p));
+          if (cell.corner[i]) { // Inf * 0 would be NaN
             for (int v = 0; v < V; ++v) {
-              sums.w[i] += grad.at[v] * pixel_value.at[v];
+              sums.w[i] += grad.at[v] * pixels.at[i].at[v];
             }
           }
         }
@@ -127,5 +127,3 @@ MLX_DEFORM_INSTANTIATE(
     deform_offset_grad_v8,
     deform_offset_grad<MLX_DEFORM_T, 8, MLX_DEFORM_INDEX>)
 #endif
-
-} // namespace mlx_deform

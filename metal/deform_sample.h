@@ -1,14 +1,15 @@
-// What the kernels of a deformable convolution share: which sample a thread works
-// on, where the sample lies, and where its elements are.
+// What the kernels of a deformable convolution share: which sample a thread
+// works on, where the sample lies, and where its elements are.
 //
-// A sample is one (output pixel, kernel tap, offset group): one offset, one cell,
-// four corners, shared by C / DG channels. Index is the type of an element's
-// position in an array, int or long.
+// A sample is one (output pixel, kernel tap, offset group): one offset, one
+// cell, four corners, shared by C / DG channels. Index is the type of an
+// element's position in an array, int or long.
 
 #pragma once
 
 #include <metal_stdlib>
 
+#include "metal/channel_vector.h"
 #include "mlx_ops/deform_conv2d_params.h"
 #include "mlx_ops/sampling.h"
 
@@ -78,11 +79,37 @@ inline Index corner_index(
   return cell + Index(below * p.W + right) * Index(p.C) + Index(channel);
 }
 
-template <typename Index>
-inline Index column_index(
-    SampleId<Index> id,
+template <int V>
+struct Corners {
+  Channels<V> at[4];
+};
+
+// V channels of the four corners, all on their way before the first is used. A
+// corner outside the image is 0 and not read: at a clamped address, an infinite
+// pixel would leak as 0 * Inf.
+template <typename T, int V, typename Index>
+inline Corners<V> load_corners(
+    const device T* input,
+    BilinearCell<float> cell,
+    Index cell_at,
     int channel,
     constant DeformConv2dParams& p) {
+  Corners<V> out;
+  for (int i = 0; i < 4; ++i) {
+    for (int v = 0; v < V; ++v) {
+      out.at[i].at[v] = 0.0f;
+    }
+    if (cell.corner[i]) {
+      out.at[i] = ChannelIO<T, V>::load(
+          input + corner_index<Index>(cell_at, i, channel, p));
+    }
+  }
+  return out;
+}
+
+template <typename Index>
+inline Index
+column_index(SampleId<Index> id, int channel, constant DeformConv2dParams& p) {
   const int group_width = p.C / p.G;
   const int g = p.G == 1 ? 0 : channel / group_width;
   return Index(g) * Index(p.column_group) +

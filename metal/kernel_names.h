@@ -1,8 +1,8 @@
 // The types of one library of kernels, and how its kernels are instantiated.
 //
 // A library holds the kernels of one data type and one index width, so that a
-// process compiles the few that it may need, not all. The host writes the macros
-// in front of the source; these are their values without a host.
+// process compiles the few that it may need, not all. The host writes the
+// macros in front of the source; these are their values without a host.
 
 #pragma once
 
@@ -23,7 +23,7 @@
 
 // MLX_DEFORM_INSTANTIATE(stem, kernel<arguments>)
 // Host name: <stem>_<index width>_<data type>.
-#define MLX_DEFORM_INSTANTIATE(stem, ...)                                     \
-  template [[host_name(MLX_DEFORM_STRING(MLX_DEFORM_JOIN(                     \
-      stem, MLX_DEFORM_INDEX_NAME, MLX_DEFORM_T_NAME)))]] [[kernel]]          \
+#define MLX_DEFORM_INSTANTIATE(stem, ...)                            \
+  template [[host_name(MLX_DEFORM_STRING(MLX_DEFORM_JOIN(            \
+      stem, MLX_DEFORM_INDEX_NAME, MLX_DEFORM_T_NAME)))]] [[kernel]] \
   decltype(__VA_ARGS__) __VA_ARGS__;

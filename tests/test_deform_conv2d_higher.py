@@ -206,7 +206,7 @@ def test_a_gradient_penalty_trains():
         value, gradient = mx.value_and_grad(loss)(weight)
         weight = weight - 0.3 * gradient
         losses.append(value.item())
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert all(b < a for a, b in itertools.pairwise(losses))
 
 

@@ -1,5 +1,8 @@
 #include "mlx_ops/cpu/tile_kernels.h"
 
+#include <cstdlib>
+#include <string>
+
 namespace mlx_deform::cpu {
 
 #define DECLARE(isa)                                      \
@@ -18,12 +21,17 @@ DECLARE(avx2)
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx2() {
-  static const bool found = __builtin_cpu_supports("avx2") &&
-      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  return found;
+// MLX_DEFORM_ISA=baseline keeps to what every machine has, for tests.
+bool use_avx2() {
+  static const bool use = [] {
+    const char* wish = std::getenv("MLX_DEFORM_ISA");
+    return !(wish && std::string(wish) == "baseline") &&
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c");
+  }();
+  return use;
 }
-#define CHOOSE(table) return has_avx2() ? avx2::table : baseline::table
+#define CHOOSE(table) return use_avx2() ? avx2::table : baseline::table
 #else
 #define CHOOSE(table) return baseline::table
 #endif

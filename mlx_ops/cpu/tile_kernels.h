@@ -20,12 +20,24 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The plan of one sample, shared by all channels of its offset group.
+// The plan of one sample, shared by all channels of its offset group; one cache
+// line in float.
 template <typename R>
 struct Sample {
-  BilinearCell<R> cell;
+  int64_t corner[4]; // element offset of the corner's first channel, -1: none
+  R weight[4]; // of the corners' values; NaN where a coordinate is
+  R ly; // position inside the cell, for the slopes
+  R lx;
   R mask; // 1 where there is no mask
-  int64_t corner[4]; // element offset of the corner's first channel, -1: no such
+  int live; // 0: value and slopes are 0
+
+  // The position alone, as the sampling rule's functions take it.
+  BilinearCell<R> cell() const {
+    BilinearCell<R> out{};
+    out.ly = ly;
+    out.lx = lx;
+    return out;
+  }
 };
 
 // A block of columns: some output pixels, some taps, some channels.

@@ -136,6 +136,74 @@ static inline R sum_of(Vector<R> v) {
 
 // ---- kernels
 
+// The samples of one pixel and offset group at several taps, side by side for
+// the compiler to vectorise.
+template <typename R>
+struct Cells {
+  static constexpr int most = 64;
+  int tap_row[most], tap_col[most];
+  R ly[most], lx[most];
+  int row[most], col[most]; // upper left corner
+  int corner[4][most];
+  int live[most], nan[most];
+
+  void choose_taps(int begin, int count, int kW) {
+    for (int t = 0; t < count; ++t) {
+      tap_row[t] = (begin + t) / kW;
+      tap_col[t] = (begin + t) % kW;
+    }
+  }
+
+  void locate(
+      const DeformConv2dParams& p,
+      int count,
+      int ho,
+      int wo,
+      const R* offset) {
+    for (int t = 0; t < count; ++t) {
+      const R y = sample_coordinate<R>(
+          ho, p.stride_h, p.pad_h, tap_row[t], p.dilation_h, offset[2 * t]);
+      const R x = sample_coordinate<R>(
+          wo, p.stride_w, p.pad_w, tap_col[t], p.dilation_w, offset[2 * t + 1]);
+      const BilinearCell<R> cell = bilinear_cell<R>(y, x, p.H, p.W);
+      row[t] = cell.y;
+      col[t] = cell.x;
+      ly[t] = cell.ly;
+      lx[t] = cell.lx;
+      corner[0][t] = cell.corner[0];
+      corner[1][t] = cell.corner[1];
+      corner[2][t] = cell.corner[2];
+      corner[3][t] = cell.corner[3];
+      live[t] = cell.inside || cell.nan;
+      nan[t] = cell.nan;
+    }
+  }
+
+  void store(
+      int t,
+      const DeformConv2dParams& params,
+      int64_t image,
+      R mask,
+      Sample<R>& out) const {
+    const int64_t across = int64_t(params.W) * params.C;
+    const int64_t at = image + row[t] * across + int64_t(col[t]) * params.C;
+    out.corner[0] = corner[0][t] ? at : -1;
+    out.corner[1] = corner[1][t] ? at + params.C : -1;
+    out.corner[2] = corner[2][t] ? at + across : -1;
+    out.corner[3] = corner[3][t] ? at + across + params.C : -1;
+    // A NaN position makes value and slopes NaN by itself.
+    const R nan_or_0 = nan[t] ? R(__builtin_nan("")) : R(0);
+    out.ly = ly[t] + nan_or_0;
+    out.lx = lx[t] + nan_or_0;
+    const CornerWeights<R> weights = value_weights(out.cell());
+    for (int i = 0; i < 4; ++i) {
+      out.weight[i] = weights.w[i];
+    }
+    out.mask = mask;
+    out.live = live[t];
+  }
+};
+
 template <typename R>
 void plan(
     const DeformConv2dParams& params,
@@ -143,54 +211,47 @@ void plan(
     const R* offset,
     const R* mask,
     Sample<R>* samples) {
+  Cells<R> cells;
   const int taps = params.kH * params.kW;
   const GroupRange groups =
       offset_groups(params, block.channel_begin, block.channel_end);
-  const int64_t pixel_row = int64_t(params.DG) * taps;
-  const int64_t row = int64_t(params.W) * params.C;
 
-  int64_t rest = block.pixel_begin;
-  int wo = int(rest % params.Wo);
-  rest /= params.Wo;
-  int ho = int(rest % params.Ho);
-  int64_t n = rest / params.Ho;
+  for (int begin = block.tap_begin; begin < block.tap_end;
+       begin += Cells<R>::most) {
+    const int left = block.tap_end - begin;
+    const int count = left < Cells<R>::most ? left : Cells<R>::most;
+    cells.choose_taps(begin, count, params.kW);
 
-  for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
-    const int64_t image = n * params.H * row;
-    int i = block.tap_begin / params.kW;
-    int j = block.tap_begin % params.kW;
-    for (int k = block.tap_begin; k < block.tap_end; ++k) {
-      for (int dg = groups.first; dg < groups.last; ++dg, ++samples) {
-        const int64_t at = p * pixel_row + int64_t(dg) * taps + k;
-        const R y = sample_coordinate<R>(
-            ho, params.stride_h, params.pad_h, i, params.dilation_h, offset[2 * at]);
-        const R x = sample_coordinate<R>(
-            wo, params.stride_w, params.pad_w, j, params.dilation_w, offset[2 * at + 1]);
-        Sample<R>& sample = *samples;
-        sample.cell = bilinear_cell<R>(y, x, params.H, params.W);
-        if (sample.cell.nan) {
-          // NaN weights make value and slopes NaN by themselves.
-          sample.cell.ly = sample.cell.lx = R(__builtin_nan(""));
+    int64_t rest = block.pixel_begin;
+    int wo = int(rest % params.Wo);
+    rest /= params.Wo;
+    int ho = int(rest % params.Ho);
+    int64_t n = rest / params.Ho;
+    for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
+      const int64_t image = n * params.H * params.W * params.C;
+      for (int dg = groups.first; dg < groups.last; ++dg) {
+        const int64_t at = (p * params.DG + dg) * taps + begin;
+        cells.locate(params, count, ho, wo, offset + 2 * at);
+        Sample<R>* to = samples +
+            ((p - block.pixel_begin) * block.taps() + begin -
+             block.tap_begin) *
+                groups.count() +
+            dg - groups.first;
+        for (int t = 0; t < count; ++t) {
+          cells.store(
+              t,
+              params,
+              image,
+              mask ? mask[at + t] : R(1),
+              to[int64_t(t) * groups.count()]);
         }
-        sample.mask = mask ? mask[at] : R(1);
-        const int64_t corner =
-            image + sample.cell.y * row + int64_t(sample.cell.x) * params.C;
-        const bool* valid = sample.cell.corner;
-        sample.corner[0] = valid[0] ? corner : -1;
-        sample.corner[1] = valid[1] ? corner + params.C : -1;
-        sample.corner[2] = valid[2] ? corner + row : -1;
-        sample.corner[3] = valid[3] ? corner + row + params.C : -1;
       }
-      if (++j == params.kW) {
-        j = 0;
-        ++i;
-      }
-    }
-    if (++wo == params.Wo) {
-      wo = 0;
-      if (++ho == params.Ho) {
-        ho = 0;
-        ++n;
+      if (++wo == params.Wo) {
+        wo = 0;
+        if (++ho == params.Ho) {
+          ho = 0;
+          ++n;
+        }
       }
     }
   }
@@ -226,9 +287,8 @@ void sample(
         const int end =
             group_end < block.channel_end ? group_end : block.channel_end;
         const int n = end - c;
-        const CornerWeights<R> weights = value_weights(samples->cell);
-        const R w0 = weights.w[0], w1 = weights.w[1];
-        const R w2 = weights.w[2], w3 = weights.w[3];
+        const R* w = samples->weight;
+        const R w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
         const R m = samples->mask;
         const T* p0 = corner_at(input, zeros, samples->corner[0], c);
         const T* p1 = corner_at(input, zeros, samples->corner[1], c);
@@ -277,6 +337,17 @@ void offset_grad(
         const T* p1 = corner_at(input, zeros, samples->corner[1], c);
         const T* p2 = corner_at(input, zeros, samples->corner[2], c);
         const T* p3 = corner_at(input, zeros, samples->corner[3], c);
+        const int64_t at = p * pixel_row + int64_t(dg) * taps + k;
+        if (!samples->live) {
+          if (grad_offset) {
+            grad_offset[2 * at] = grad_offset[2 * at + 1] = R(0);
+          }
+          if (grad_mask) {
+            grad_mask[at] = R(0);
+          }
+          grad_columns += group_width;
+          continue;
+        }
         // The cotangent times each corner, summed over the channels: value and
         // both slopes are combinations of these four numbers.
         Vector<R> s0{}, s1{}, s2{}, s3{};
@@ -302,14 +373,13 @@ void offset_grad(
           return weights.w[0] * corner[0] + weights.w[1] * corner[1] +
               weights.w[2] * corner[2] + weights.w[3] * corner[3];
         };
-        const int64_t at = p * pixel_row + int64_t(dg) * taps + k;
         if (grad_offset) {
           const R m = samples->mask;
-          grad_offset[2 * at] = m * combine(slope_weights_y(samples->cell));
-          grad_offset[2 * at + 1] = m * combine(slope_weights_x(samples->cell));
+          grad_offset[2 * at] = m * combine(slope_weights_y(samples->cell()));
+          grad_offset[2 * at + 1] = m * combine(slope_weights_x(samples->cell()));
         }
         if (grad_mask) {
-          grad_mask[at] = combine(value_weights(samples->cell));
+          grad_mask[at] = combine(value_weights(samples->cell()));
         }
       }
     }
@@ -338,13 +408,12 @@ void scatter(
           group_begin > block.channel_begin ? group_begin : block.channel_begin;
       const int end =
           group_end < block.channel_end ? group_end : block.channel_end;
-      const CornerWeights<R> weights = value_weights(row[dg].cell);
       for (int corner = 0; corner < 4; ++corner) {
         if (row[dg].corner[corner] < 0) {
           continue;
         }
         R* to = grad_input + row[dg].corner[corner];
-        const R w = weights.w[corner] * row[dg].mask;
+        const R w = row[dg].weight[corner] * row[dg].mask;
         int q = begin;
         for (; q + width <= end; q += width) {
           store(to + q, load(to + q) + w * load(grad + q));

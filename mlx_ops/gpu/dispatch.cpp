@@ -235,8 +235,8 @@ std::string kernel_name(
   return out + "_i" + std::to_string(library.index_bits) + "_" + library.dtype;
 }
 
-// One row of threads a sample, all samples of a pixel side by side: neighbouring
-// samples are neighbours in the columns and close in the image.
+// One row of threads a sample, all samples of a pixel side by side:
+// neighbouring samples are neighbours in the columns and close in the image.
 void set_sample_grid(
     Launch& launch,
     const DeformConv2dParams& p,
@@ -244,7 +244,8 @@ void set_sample_grid(
   const int64_t samples = samples_per_pixel(p);
   const int64_t pixels = chunk_pixels(p);
   launch.grid = {p.C == 0 ? 0 : lanes, samples, pixels};
-  // Groups of equal size: 9 samples in rows of 32 threads make 5 + 4, not 8 + 1.
+  // Groups of equal size: of 9 samples, 8 a group at most, 5 and 4 and not 8
+  // and 1.
   const int64_t rows =
       ceil_div(samples, ceil_div(samples, kGroupThreads / lanes));
   launch.group = {
@@ -295,7 +296,9 @@ Launch plan_col2im(
   check(p);
   itemsize_of(dtype);
   if (options.vector_width > 1) {
-    refuse("col2im takes single channels; got a vector width of ", options.vector_width);
+    refuse(
+        "col2im takes single channels; got a vector width of ",
+        options.vector_width);
   }
 
   Launch out;
@@ -384,6 +387,37 @@ Launch plan_offset_grad(
   return out;
 }
 
+Launch plan_column_product(
+    const DeformConv2dParams& p,
+    const std::string& dtype,
+    const PlanOptions& options) {
+  check(p);
+  itemsize_of(dtype);
+  if (p.O < 0 || p.O % p.G != 0) {
+    refuse("G must divide O; got O ", p.O, ", G ", p.G);
+  }
+  constexpr int64_t tile = 64; // pixels, and columns, of a threadgroup
+  const int64_t width = product({taps(p), p.C / p.G});
+  const int64_t largest = std::max(
+      {largest_array(p), product({all_pixels(p), p.O}), product({p.O, width})});
+
+  Launch out;
+  out.library = {dtype, index_bits_for(largest, options)};
+  out.kernel = kernel_name("deform_column_product", out.library);
+  out.buffers = {
+      {"cotangent", 0, false},
+      {"weight", 1, false},
+      {"grad_columns", 2, true},
+      {"params", 3, false}};
+  out.group = {kGroupThreads, 1, 1};
+  out.grid = {
+      product({ceil_div(width, tile), kGroupThreads}),
+      ceil_div(chunk_pixels(p), tile),
+      p.G};
+  check_grid(out);
+  return out;
+}
+
 Launch plan_zero_fill(int64_t size) {
   if (size < 0) {
     refuse("size must not be negative; got ", size);
@@ -448,10 +482,8 @@ std::string hash_of(const std::string& source) {
   return out.str();
 }
 
-std::vector<Chunk> plan_chunks(
-    const DeformConv2dParams& p,
-    int64_t itemsize,
-    int64_t budget) {
+std::vector<Chunk>
+plan_chunks(const DeformConv2dParams& p, int64_t itemsize, int64_t budget) {
   if (itemsize < 1 || budget < 1) {
     refuse(
         "itemsize and budget must be positive; got ",
@@ -494,10 +526,14 @@ int64_t column_budget() {
   char* end = nullptr;
   const double megabytes = std::strtod(text, &end);
   if (end == text || *end != '\0' || !(megabytes > 0 && megabytes <= 1e12)) {
-    refuse(
-        "MLX_DEFORM_COLUMN_BUDGET_MB must be a positive number; got ", text);
+    refuse("MLX_DEFORM_COLUMN_BUDGET_MB must be a positive number; got ", text);
   }
   return std::max<int64_t>(int64_t(megabytes * (int64_t(1) << 20)), 1);
+}
+
+bool environment_flag(const char* name) {
+  const char* text = std::getenv(name);
+  return text != nullptr && *text != '\0' && std::string(text) != "0";
 }
 
 } // namespace mlx_deform::gpu

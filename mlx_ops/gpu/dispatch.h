@@ -30,8 +30,9 @@ struct FunctionConstant {
 };
 
 // "input", "offset", "mask", "columns", "grad_columns", "grad_input",
-// "grad_offset", "grad_mask", "out": an array. "params": the bytes of the
-// DeformConv2dParams. "size": the bytes of an int64, the elements of "out".
+// "grad_offset", "grad_mask", "cotangent", "weight", "out": an array. "params":
+// the bytes of the DeformConv2dParams. "size": the bytes of an int64, the
+// elements of "out".
 struct Binding {
   std::string role;
   int index;
@@ -77,13 +78,20 @@ Launch plan_col2im(
     bool deterministic,
     const PlanOptions& options = {});
 
-// Writes grad_offset, grad_mask or both, of the pixels [pixel_begin, pixel_end).
-// Deterministic.
+// Writes grad_offset, grad_mask or both, of the pixels [pixel_begin,
+// pixel_end). Deterministic.
 Launch plan_offset_grad(
     const DeformConv2dParams& params,
     const std::string& dtype,
     bool wants_offset,
     bool wants_mask,
+    const PlanOptions& options = {});
+
+// Writes the columns' cotangent of the pixels [pixel_begin, pixel_end): the
+// output's cotangent times the weight.
+Launch plan_column_product(
+    const DeformConv2dParams& params,
+    const std::string& dtype,
     const PlanOptions& options = {});
 
 Launch plan_zero_fill(int64_t size);
@@ -112,13 +120,14 @@ struct Chunk {
 // Cuts the N * Ho * Wo output pixels so that one chunk's columns take at most
 // `budget` bytes where a single pixel does: whole output rows where one fits,
 // and chunks of nearly equal size.
-std::vector<Chunk> plan_chunks(
-    const DeformConv2dParams& params,
-    int64_t itemsize,
-    int64_t budget);
+std::vector<Chunk>
+plan_chunks(const DeformConv2dParams& params, int64_t itemsize, int64_t budget);
 
 // Bytes for the columns of a chunk: the environment's
 // MLX_DEFORM_COLUMN_BUDGET_MB, or 64 MB.
 int64_t column_budget();
+
+// Whether an environment variable is set to something other than 0.
+bool environment_flag(const char* name);
 
 } // namespace mlx_deform::gpu

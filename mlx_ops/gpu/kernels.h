@@ -3,7 +3,7 @@
 // them alive until the stream has run. offset and mask are float32; input,
 // columns and grad_columns share one type of float32, float16, bfloat16.
 //
-// One directory a backend implements this: metal/, or no_gpu/ where there is none.
+// Implemented once a backend: by metal/, and by no_gpu/ where there is none.
 
 #pragma once
 
@@ -37,8 +37,8 @@ void col2im(
     bool deterministic,
     mx::Stream stream);
 
-// Writes the pixels' elements of grad_offset and grad_mask, both float32; either
-// may be null. Deterministic.
+// Writes the pixels' elements of grad_offset and grad_mask, both float32;
+// either may be null. Deterministic.
 void offset_grad(
     const DeformConv2dParams& params,
     const mx::array& input, // (N, H, W, C)
@@ -50,7 +50,8 @@ void offset_grad(
     mx::Stream stream);
 
 // Writes the cotangent of the pixels' columns: for each weight group the
-// cotangent's rows times the weight, (pixels x O / G) (O / G x kH * kW * C / G).
+// cotangent's rows times the weight, (pixels x O / G) (O / G x kH * kW * C /
+// G).
 void column_product(
     const DeformConv2dParams& params,
     const mx::array& cotangent, // (N, Ho, Wo, O)

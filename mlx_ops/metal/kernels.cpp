@@ -101,8 +101,8 @@ void encode(const Launch& launch, Arguments arguments, mx::Stream stream) {
           *arguments.inputs.at(binding.role), binding.index);
     }
   }
-  const auto group = fit_group(
-      launch, int64_t(pipeline->maxTotalThreadsPerThreadgroup()));
+  const auto group =
+      fit_group(launch, int64_t(pipeline->maxTotalThreadsPerThreadgroup()));
   encoder.dispatch_threads(
       MTL::Size::Make(launch.grid[0], launch.grid[1], launch.grid[2]),
       MTL::Size::Make(group[0], group[1], group[2]));
@@ -166,11 +166,42 @@ void offset_grad(
       stream);
 }
 
+void column_product(
+    const DeformConv2dParams& params,
+    const mx::array& cotangent,
+    const mx::array& weight,
+    mx::array& grad_columns,
+    mx::Stream stream) {
+  encode(
+      plan_column_product(params, dtype_name(cotangent)),
+      {{{"cotangent", &cotangent}, {"weight", &weight}},
+       {{"grad_columns", &grad_columns}},
+       &params},
+      stream);
+}
+
 void zero_fill(mx::array& out, mx::Stream stream) {
   Arguments arguments;
   arguments.outputs = {{"out", &out}};
   arguments.size = int64_t(out.size());
   encode(plan_zero_fill(arguments.size), arguments, stream);
+}
+
+void keep(const mx::array& x, mx::Stream stream) {
+  // Not add_temporary: the encoder would take the buffer for its own and not
+  // wait for whoever else writes it.
+  mx::metal::get_command_encoder(stream)
+      .get_command_buffer()
+      ->addCompletedHandler(
+          [data = x.data_shared_ptr()](MTL::CommandBuffer*) {});
+}
+
+bool stands_in_on_cpu() {
+  return false;
+}
+
+bool deterministic() {
+  return environment_flag("MLX_DEFORM_DETERMINISTIC");
 }
 
 } // namespace mlx_deform::gpu

@@ -1,15 +1,15 @@
-// A build without a GPU: the kernels of gpu/kernels.h run on CPU streams, pixel by
-// pixel and without haste. With MLX_DEFORM_STAND_IN=1 the ops take the GPU's
+// A build without a GPU: the kernels of gpu/kernels.h run on CPU streams, pixel
+// by pixel and without haste. With MLX_DEFORM_STAND_IN=1 the ops take the GPU's
 // route over them, so that its chunks and products are tested on any machine.
 
 #include "mlx_ops/gpu/kernels.h"
 
-#include <cstdlib>
 #include <functional>
 #include <string>
 
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_ops/cpu/tiles.h"
+#include "mlx_ops/gpu/dispatch.h"
 
 namespace mlx_deform::gpu {
 
@@ -18,11 +18,6 @@ namespace {
 using cpu::Block;
 using cpu::Sample;
 using cpu::Source;
-
-bool is_set(const char* name) {
-  const char* text = std::getenv(name);
-  return text != nullptr && *text != '\0' && std::string(text) != "0";
-}
 
 // One sample of all channels, planned and ready.
 template <typename T, typename R>
@@ -152,25 +147,23 @@ void col2im(
     mx::array& grad_input,
     bool,
     mx::Stream stream) {
-  mx::cpu::get_command_encoder(stream).dispatch(
-      [p,
-       in = weak_list({&grad_columns, &offset, mask}),
-       grad_input = weak(grad_input)]() mutable {
-        cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
-          // Scattering reads no image; the columns stand in for it.
-          const Source<T, R> source(
-              p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
-          for_each_cotangent(
-              p, source, in[0].data<T>(), [&](const auto& sample, const R* row) {
-                source.kernels.scatter(
-                    p,
-                    sample.block,
-                    sample.plan.data(),
-                    row,
-                    grad_input.data<R>());
-              });
-        });
-      });
+  mx::cpu::get_command_encoder(stream).dispatch([p,
+                                                 in = weak_list(
+                                                     {&grad_columns,
+                                                      &offset,
+                                                      mask}),
+                                                 grad_input = weak(
+                                                     grad_input)]() mutable {
+    cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
+      // Scattering reads no image; the columns stand in for it.
+      const Source<T, R> source(p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
+      for_each_cotangent(
+          p, source, in[0].data<T>(), [&](const auto& sample, const R* row) {
+            source.kernels.scatter(
+                p, sample.block, sample.plan.data(), row, grad_input.data<R>());
+          });
+    });
+  });
 }
 
 void offset_grad(
@@ -194,7 +187,10 @@ void offset_grad(
           R* to_offset = wants_offset ? out[0].data<R>() : nullptr;
           R* to_mask = wants_mask ? out.back().data<R>() : nullptr;
           for_each_cotangent(
-              p, source, in[2].data<T>(), [&](const auto& sample, const R* row) {
+              p,
+              source,
+              in[2].data<T>(),
+              [&](const auto& sample, const R* row) {
                 source.kernels.offset_grad(
                     p,
                     sample.block,
@@ -249,10 +245,9 @@ void column_product(
 }
 
 void zero_fill(mx::array& out, mx::Stream stream) {
-  mx::cpu::get_command_encoder(stream).dispatch(
-      [out = weak(out)]() mutable {
-        std::fill_n(out.data<char>(), out.nbytes(), char(0));
-      });
+  mx::cpu::get_command_encoder(stream).dispatch([out = weak(out)]() mutable {
+    std::fill_n(out.data<char>(), out.nbytes(), char(0));
+  });
 }
 
 void keep(const mx::array& x, mx::Stream stream) {
@@ -260,11 +255,11 @@ void keep(const mx::array& x, mx::Stream stream) {
 }
 
 bool stands_in_on_cpu() {
-  return is_set("MLX_DEFORM_STAND_IN");
+  return environment_flag("MLX_DEFORM_STAND_IN");
 }
 
 bool deterministic() {
-  return is_set("MLX_DEFORM_DETERMINISTIC");
+  return environment_flag("MLX_DEFORM_DETERMINISTIC");
 }
 
 } // namespace mlx_deform::gpu

@@ -99,9 +99,12 @@ gpu::Launch plan(
     return gpu::plan_offset_grad(
         params, dtype, wants_offset, wants_mask, options);
   }
+  if (op == "column_product") {
+    return gpu::plan_column_product(params, dtype, options);
+  }
   throw nb::value_error(
-      ("[_dispatch_plan] op must be im2col, col2im, offset_grad or zero_fill; "
-       "got " +
+      ("[_dispatch_plan] op must be im2col, col2im, offset_grad, "
+       "column_product or zero_fill; got " +
        op)
           .c_str());
 }

@@ -3,8 +3,6 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "mlx/version.h"
-
 mlx_deform::Pair to_pair(
     const std::string& tag,
     const std::string& name,
@@ -16,8 +14,11 @@ mlx_deform::Pair to_pair(
   if (list.size() != 2) {
     std::ostringstream message;
     message << "[" << tag << "] " << name
-            << " must be an int or a pair of ints, (rows, columns); got "
-            << list.size() << " of them";
+            << " must be an int or a pair of ints, (rows, columns); got (";
+    for (size_t i = 0; i < list.size(); ++i) {
+      message << (i ? ", " : "") << list[i];
+    }
+    message << (list.size() == 1 ? ",)" : ")");
     throw std::invalid_argument(message.str());
   }
   return {list[0], list[1]};

@@ -1,0 +1,22 @@
+"""Every test runs on one device: the GPU where MLX has one, else the CPU.
+
+MLX_DEFORM_TEST_DEVICE=cpu or gpu chooses another. float64 is tested on the CPU everywhere.
+"""
+
+import mlx.core as mx
+import pytest
+
+from numerics import test_device
+
+
+def pytest_report_header():
+    return f"mlx {mx.__version__}, default device {test_device()}"
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """The device under test, MLX's default for the length of the test."""
+    previous = mx.default_device()
+    mx.set_default_device(test_device())
+    yield test_device()
+    mx.set_default_device(previous)

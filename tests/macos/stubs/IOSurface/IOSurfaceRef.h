@@ -1,0 +1,4 @@
+/* Stand-in for Apple's IOSurface: what metal-cpp's headers name. */
+#pragma once
+
+typedef struct __IOSurface* IOSurfaceRef;

@@ -1,0 +1,328 @@
+"""The Metal kernels, run on the CPU from the library's dispatch plans, against the oracle.
+
+Every kernel of every library (data type x index width) runs on every case that it fits,
+in three scheduling orders. See tests/metal for how a CPU runs them.
+"""
+
+import mmap
+from functools import cache
+
+import numpy as np
+import pytest
+
+import metal
+from cases import Config
+from metal.problem import DTYPES, Problem, assert_near
+from mlx_deform import _ext
+
+pytestmark = pytest.mark.skipif(
+    metal.compiler_command() is None, reason="needs ziglang, clang++-22 or MSL_CXX"
+)
+
+INDEX_BITS = (32, 64)
+SEEDS = (0, 1, 2)  # of the scheduling order
+WIDTHS = {"float32": (1, 4), "float16": (1, 4, 8), "bfloat16": (1, 4, 8)}
+
+RAGGED = Config(
+    N=2, H=5, W=7, C=48, kH=2, kW=3, stride=(2, 1), padding=(1, 2), dilation=(1, 2), G=2, DG=3
+)
+CASES = {
+    # C / G and C / DG of 24 and 16: vectors of 8, and groups that do not nest.
+    "groups": (RAGGED, {}),
+    "groups, no mask": (RAGGED.but(has_mask=False), {}),
+    "groups, inner chunk": (RAGGED, {"begin": 11, "end": 38}),
+    "one group": (RAGGED.but(C=24, G=1, DG=1, N=1), {}),
+    # C / DG of 1, 3, 5 and 33: no vector fits; lanes without work.
+    "depthwise": (RAGGED.but(C=6, G=6, DG=6), {"begin": 3}),
+    "three channels": (RAGGED.but(C=6, G=3, DG=2, has_mask=False), {}),
+    "five channels": (RAGGED.but(C=10, G=1, DG=2, N=1), {"end": 20}),
+    "33 channels": (RAGGED.but(C=33, G=3, DG=1, N=1), {}),
+    # 75 vectors of 4: several a thread, and the last round is not full.
+    "300 channels": (RAGGED.but(C=300, G=5, DG=1, N=1, H=3, W=4), {}),
+    "1x1 kernel": (RAGGED.but(kH=1, kW=1, C=16, G=1, DG=2, padding=(0, 0), dilation=(1, 1)), {}),
+}
+
+
+@cache
+def kernels_of(dtype, index_bits):
+    return metal.load(_ext._metal_source(dtype, index_bits))
+
+
+@cache
+def problem_of(case, dtype):
+    config, chunk = CASES[case]
+    return Problem(config, dtype, seed=len(case), **chunk)
+
+
+@cache
+def gradients_of(case, dtype):
+    return problem_of(case, dtype).expected_gradients()
+
+
+def fits(problem, width):
+    c = problem.config
+    return (c.C // c.G) % width == 0 and (c.C // c.DG) % width == 0
+
+
+@pytest.fixture(
+    params=[(d, b) for d in DTYPES for b in INDEX_BITS], ids=lambda p: f"{p[0]}-i{p[1]}"
+)
+def library(request):
+    dtype, index_bits = request.param
+    return dtype, index_bits, kernels_of(dtype, index_bits)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_im2col(library, case):
+    dtype, index_bits, kernels = library
+    problem = problem_of(case, dtype)
+    want = problem.expected_columns()
+    for width in WIDTHS[dtype]:
+        if fits(problem, width):
+            for seed in SEEDS:
+                got = problem.im2col(kernels, seed, vector_width=width, index_bits=index_bits)
+                assert_near(got, want, dtype)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_col2im(library, case, deterministic):
+    dtype, index_bits, kernels = library
+    problem = problem_of(case, dtype)
+    want = gradients_of(case, dtype)[0]
+    for seed in SEEDS:
+        got = problem.col2im(kernels, seed, deterministic=deterministic, index_bits=index_bits)
+        assert_near(got, want)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_offset_grad(library, case):
+    dtype, index_bits, kernels = library
+    problem = problem_of(case, dtype)
+    _, want_offset, want_mask = gradients_of(case, dtype)
+    has_mask = problem.config.has_mask
+    for width in WIDTHS[dtype]:
+        if fits(problem, width):
+            for seed in SEEDS:
+                got_offset, got_mask = problem.offset_grad(
+                    kernels, seed, vector_width=width, index_bits=index_bits, wants_mask=has_mask
+                )
+                assert_near(got_offset, want_offset)
+                if has_mask:
+                    assert_near(got_mask, want_mask)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_column_product(library, case):
+    dtype, index_bits, kernels = library
+    problem = problem_of(case, dtype)
+    want = problem.expected_column_product()
+    for seed in SEEDS:
+        got = problem.column_product(kernels, seed, index_bits=index_bits)
+        assert_near(got, want, dtype)
+
+
+def test_column_product_of_several_tiles():
+    """More pixels, columns and outputs than a tile has, and a group with fewer threads."""
+    config = RAGGED.but(N=3, H=13, W=11, stride=(1, 1), C=32, O=36, G=2, DG=1)
+    problem = Problem(config, "float32", seed=6, begin=5)
+    want = problem.expected_column_product()
+    for options in ({}, {"max_threads": 128}, {"max_threads": 32}):
+        got = problem.column_product(kernels_of("float32", 32), 1, **options)
+        assert_near(got, want)
+
+
+def test_the_cases_run_every_kernel():
+    """Names as the sources instantiate them, against those that the tests above ask for."""
+    for dtype in DTYPES:
+        for index_bits in INDEX_BITS:
+            asked = {_ext._dispatch_plan("zero_fill", {"size": 1})["kernel"]}
+            for case in CASES:
+                problem = problem_of(case, dtype)
+                options = {"index_bits": index_bits}
+                for width in WIDTHS[dtype]:
+                    if fits(problem, width):
+                        wide = {**options, "vector_width": width}
+                        asked.add(problem.plan("im2col", **wide)["kernel"])
+                        asked.add(problem.plan("offset_grad", wants_mask=False, **wide)["kernel"])
+                asked.add(problem.plan("column_product", **options)["kernel"])
+                for deterministic in (False, True):
+                    plan = problem.plan("col2im", deterministic=deterministic, **options)
+                    asked.add(plan["kernel"])
+            assert asked == set(kernels_of(dtype, index_bits).numbers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_plan_takes_the_widest_vector_that_fits(dtype):
+    widest = max(WIDTHS[dtype])
+    assert problem_of("groups", dtype).plan("im2col")["vector_width"] == widest
+    assert problem_of("33 channels", dtype).plan("im2col")["vector_width"] == 1
+    itemsize = 4 if dtype == "float32" else 2
+    # An array that starts at an odd element.
+    plan = problem_of("groups", dtype).plan("offset_grad", alignment=itemsize)
+    assert plan["vector_width"] == 1
+    with pytest.raises(ValueError, match="vector width must"):
+        problem_of("33 channels", dtype).plan("im2col", vector_width=4)
+
+
+@pytest.mark.parametrize("max_threads", [32, 100, 128])
+def test_smaller_threadgroups_give_the_same(max_threads):
+    """A pipeline that needs many registers allows fewer threads than the plan's group."""
+    problem, kernels = problem_of("groups", "float16"), kernels_of("float16", 32)
+    options = {"max_threads": max_threads}
+    for op in ("im2col", "col2im", "offset_grad"):
+        assert np.prod(problem.plan(op, **options)["group"]) <= max_threads
+    np.testing.assert_array_equal(problem.im2col(kernels, **options), problem.im2col(kernels))
+    for got, want in zip(
+        problem.offset_grad(kernels, **options), problem.offset_grad(kernels), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+    want = problem.col2im(kernels, deterministic=True)
+    got = problem.col2im(kernels, deterministic=True, **options)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ordered_col2im_is_bitwise_the_same_in_every_order(dtype):
+    problem, kernels = problem_of("groups", dtype), kernels_of(dtype, 32)
+    first = problem.col2im(kernels, 0, deterministic=True)
+    scattered = problem.col2im(kernels, 0)
+    differs = False
+    for seed in (1, 2, 3, 4):
+        np.testing.assert_array_equal(problem.col2im(kernels, seed, deterministic=True), first)
+        differs |= not np.array_equal(problem.col2im(kernels, seed), scattered)
+    assert differs, "the orders must tell a sum that depends on them"
+
+
+def test_offset_grad_wraps_long_grids():
+    problem, kernels = problem_of("groups", "float32"), kernels_of("float32", 32)
+    plan = problem.plan("offset_grad", groups_per_row=3)
+    assert plan["grid"][1] > 2
+    for got, want in zip(
+        problem.offset_grad(kernels, groups_per_row=3), problem.offset_grad(kernels), strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("wants", ["offset", "mask"])
+def test_either_gradient_alone(wants):
+    problem, kernels = problem_of("groups", "float32"), kernels_of("float32", 32)
+    both = dict(zip(("offset", "mask"), problem.offset_grad(kernels), strict=True))
+    alone = dict(
+        zip(
+            ("offset", "mask"),
+            problem.offset_grad(
+                kernels, wants_offset=wants == "offset", wants_mask=wants == "mask"
+            ),
+            strict=True,
+        )
+    )
+    np.testing.assert_array_equal(alone.pop(wants), both[wants])
+    (other,) = alone.values()
+    assert np.isnan(other).all(), "what was not asked for stays unwritten"
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_offsets_beyond_every_bound(dtype, has_mask):
+    """NaN, infinite and huge coordinates, on either axis; borders; integers."""
+    config = RAGGED.but(C=16, DG=2, has_mask=has_mask)
+    problem, kernels = Problem(config, dtype, seed=3), kernels_of(dtype, 32)
+    rng = np.random.default_rng(4)
+    special = [np.nan, np.inf, -np.inf, 1e30, -1e30, 2.0**31, -(2.0**31), 1e9, 0, 0, 1, -1]
+    chosen = rng.random(problem.offset.shape) < 0.5
+    problem.offset[chosen] = rng.choice(special, chosen.sum())
+    problem.offset = np.where(chosen, problem.offset, np.round(problem.offset))
+    assert_near(problem.im2col(kernels), problem.expected_columns(), dtype)
+    want_input, want_offset, want_mask = problem.expected_gradients()
+    assert np.isnan(want_offset).any()
+    assert np.isfinite(want_offset).any()
+    for deterministic in (False, True):
+        assert_near(problem.col2im(kernels, deterministic=deterministic), want_input)
+    got_offset, got_mask = problem.offset_grad(kernels, wants_mask=has_mask)
+    assert_near(got_offset, want_offset)
+    if has_mask:
+        assert_near(got_mask, want_mask)
+
+
+@pytest.mark.parametrize("pixel", [np.inf, -np.inf, np.nan])
+def test_pixels_beside_the_cell_do_not_leak(pixel):
+    """A corner outside the image is not read: 0 times a border pixel would be NaN."""
+    config = RAGGED.but(C=8, G=1, DG=1)
+    problem, kernels = Problem(config, "float32", seed=5), kernels_of("float32", 32)
+    problem.input[:, [0, -1]] = pixel
+    problem.input[:, :, [0, -1]] = pixel
+    want = problem.expected_columns()
+    assert np.isfinite(want).any()
+    assert not np.isfinite(want).all()
+    got = problem.im2col(kernels)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    _, want_offset, want_mask = problem.expected_gradients()
+    got_offset, got_mask = problem.offset_grad(kernels)
+    np.testing.assert_array_equal(np.isfinite(got_offset), np.isfinite(want_offset))
+    np.testing.assert_array_equal(np.isfinite(got_mask), np.isfinite(want_mask))
+
+
+def test_no_channels_and_no_pixels():
+    config = RAGGED.but(N=0)
+    problem, kernels = Problem(config), kernels_of("float32", 32)
+    for op in ("im2col", "col2im", "offset_grad"):
+        assert problem.plan(op)["empty"]
+    assert problem.im2col(kernels).size == 0
+    chunk = Problem(RAGGED, begin=5, end=5)
+    assert chunk.plan("col2im", deterministic=True)["empty"]
+    np.testing.assert_array_equal(chunk.col2im(kernels), chunk.stored("grad_input"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 257, 5000])
+def test_zero_fill(size):
+    out = np.full(size, np.nan, np.float32)
+    plan = _ext._dispatch_plan("zero_fill", {"size": size})
+    with metal.guarded(out) as (copy,):
+        kernels_of("float32", 32).run(plan, {"out": copy, "size": np.int64(size).tobytes()}, seed=1)
+    np.testing.assert_array_equal(out, np.zeros(size))
+
+
+def test_arrays_of_more_than_two_to_the_31_elements():
+    """A pixel at the far end of an image whose memory is mostly never touched."""
+    H, W, C = 40000, 30000, 2
+    config = Config(
+        N=1,
+        H=H,
+        W=W,
+        C=C,
+        kH=1,
+        kW=1,
+        stride=(H, W),
+        padding=(0, 0),
+        dilation=(1, 1),
+        G=1,
+        DG=1,
+        has_mask=False,
+    )
+    assert (config.Ho, config.Wo) == (1, 1)
+    assert H * W * C > 2**31
+    problem = Problem(config.but(H=1, W=1), "float16")
+    problem.config = config
+    problem.offset = np.array([H - 1.75, W - 1.5]).reshape(1, 1, 1, 2)
+    plan = problem.plan("im2col")
+    assert plan["index_bits"] == 64
+    with pytest.raises(ValueError, match="32-bit"):
+        problem.plan("im2col", index_bits=32)
+
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, H * W * C * 2, flags=flags)
+    image = np.frombuffer(memory, np.float16).reshape(1, H, W, C)
+    image[0, -2:, -2:] = np.arange(8).reshape(2, 2, 2)
+    columns = np.full((1, 1, 1, C), np.nan, np.float16)
+    kernels_of("float16", 64).run(
+        plan,
+        {
+            "input": image,
+            "offset": problem.stored("offset"),
+            "columns": columns,
+            "params": _ext._params_bytes(problem.fields),
+        },
+    )
+    # A quarter of the way down, half of the way right.
+    np.testing.assert_array_equal(columns.ravel(), [2, 3])

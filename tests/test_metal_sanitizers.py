@@ -1,0 +1,181 @@
+"""The Metal kernels under AddressSanitizer and ThreadSanitizer.
+
+The kernels' own sources are clean; with one line of them broken, the sanitizer that
+watches for it complains. Threads of a launch are fibers that ThreadSanitizer takes for
+unsynchronised threads, so that races show in whatever order they ran.
+"""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import metal
+from cases import Config
+from metal.problem import Problem
+from mlx_deform import _ext
+
+COMPILER = "clang++-22"
+RUNTIMES = {"address": "asan", "thread": "tsan"}
+COMPLAINTS = {"address": "AddressSanitizer: heap-", "thread": "data race"}
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    "TSAN_OPTIONS": "halt_on_error=1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+@cache
+def runtime(sanitizer):
+    """Path of the sanitizer's runtime library, None where there is none."""
+    if shutil.which(COMPILER) is None or sys.platform != "linux":
+        return None
+    name = f"libclang_rt.{RUNTIMES[sanitizer]}-{os.uname().machine}.so"
+    found = subprocess.run(
+        [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return found if os.path.isabs(found) else None
+
+
+pytestmark = pytest.mark.skipif(
+    not (runtime("address") and runtime("thread") and shutil.which("setarch")),
+    reason="needs clang-22 and libclang-rt-22-dev, on Linux",
+)
+
+# Many samples a pixel, partial threadgroups, groups that do not nest.
+CONFIG = Config(
+    N=2, H=4, W=5, C=12, kH=2, kW=3, stride=(1, 1), padding=(1, 1), dilation=(1, 1), G=2, DG=3
+)
+# Operation and options of its plan.
+LAUNCHES = {
+    "im2col": ("im2col", {}),
+    "col2im": ("col2im", {}),
+    "col2im ordered": ("col2im", {"deterministic": True}),
+    "offset_grad": ("offset_grad", {}),
+    "column_product": ("column_product", {}),
+}
+# A launch, a line of its kernel, what to put in its place, and who finds it.
+ATOMIC_ADD = """        metal::atomic_fetch_add_explicit(
+            grad_input + corner_index<Index>(corners, i, channel, p),
+            share,
+            metal::memory_order_relaxed);"""
+PLAIN_ADD = """
+        ((device float*)grad_input)[corner_index<Index>(corners, i, channel, p)] += share;"""
+BARRIER = "      metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);"
+PLANTED = {
+    "race: scatter without atomics": ("col2im", ATOMIC_ADD, PLAIN_ADD, "thread"),
+    "race: rows of another SIMD group": (
+        "col2im ordered",
+        "Index(group_at.y) * Index(p.W) * Index(p.C) + Index(channel);",
+        "Index(channel);",
+        "thread",
+    ),
+    "race: channels of another offset group": (
+        "col2im ordered",
+        "if (c < width) {",
+        "if (channel < p.C) {",
+        "thread",
+    ),
+    "race: every lane writes the sum": (
+        "offset_grad",
+        "if (active && lane == 0) {",
+        "if (active) {",
+        "thread",
+    ),
+    "race: no barrier before the product": (
+        "column_product",
+        BARRIER + "\n      if (part < product_threads) {",
+        "      if (part < product_threads) {",
+        "thread",
+    ),
+    "overrun: a corner below the image": (
+        "col2im",
+        "if (cell.corner[i] && share != 0.0f) {",
+        "if (share != 0.0f) {",
+        "address",
+    ),
+    "overrun: one channel more": (
+        "im2col",
+        "c < width; c += int(grid.x) * V",
+        "c < width + 1; c += int(grid.x) * V",
+        "address",
+    ),
+    "overrun: a pixel more": (
+        "offset_grad",
+        "id.pixel < Index(p.pixel_end)",
+        "id.pixel <= Index(p.pixel_end)",
+        "address",
+    ),
+    "overrun: a corner beside the image": (
+        "col2im ordered",
+        "if (cell.corner[i] && touches_row) {",
+        "if (touches_row) {",
+        "address",
+    ),
+}
+
+
+def watch(sanitizer, launch, source, tmp_path, seed=1):
+    """The process that ran the launch."""
+    op, options = LAUNCHES[launch]
+    problem = Problem(CONFIG)
+    plan = problem.plan(op, **options)
+    outputs = {
+        "columns": problem.empty_columns(),
+        "grad_input": problem.stored("grad_input"),
+        "grad_offset": problem.stored("offset"),
+        "grad_mask": problem.stored("mask"),
+    }
+    buffers = {
+        role: outputs[role] if role in outputs else problem.stored(role)
+        for role, _, _ in plan["buffers"]
+        if role != "params"
+    }
+    buffers["params"] = _ext._params_bytes(problem.fields)
+    build = metal.build(source, sanitize=sanitizer, compiler=[COMPILER])
+    job = tmp_path / "job.pickle"
+    job.write_bytes(pickle.dumps((tuple(build), plan, buffers, seed)))
+    environment = {
+        **os.environ,
+        **OPTIONS,
+        "LD_PRELOAD": runtime(sanitizer),
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    # Sanitizers reserve fixed addresses, which a randomised layout may have taken.
+    return subprocess.run(
+        ["setarch", "-R", sys.executable, "-m", "metal.run_sanitized", str(job)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def source():
+    return _ext._metal_source("float32", 32)
+
+
+@pytest.mark.parametrize("sanitizer", RUNTIMES)
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_clean(sanitizer, launch, source, tmp_path):
+    process = watch(sanitizer, launch, source, tmp_path)
+    assert process.returncode == 0, process.stderr[:4000]
+    assert "Sanitizer" not in process.stderr, process.stderr[:4000]
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_found(fault, source, tmp_path):
+    launch, line, broken, sanitizer = PLANTED[fault]
+    assert source.count(line) >= 1, "the line to break is no longer there"
+    process = watch(sanitizer, launch, source.replace(line, broken), tmp_path)
+    assert process.returncode != 0
+    assert COMPLAINTS[sanitizer] in process.stderr, process.stderr[:4000]
+    assert f"deform_{LAUNCHES[launch][0]}" in process.stderr, "found elsewhere"
