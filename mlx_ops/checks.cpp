@@ -72,7 +72,8 @@ int output_size(
   require(
       padded <= most && extent <= most,
       tag,
-      "the padded input and the dilated kernel must be shorter than 2**31 along " +
+      "the padded input and the dilated kernel must be shorter than 2**31 "
+      "along " +
           axis,
       std::max(padded, extent));
   require(
@@ -127,10 +128,8 @@ DeformConv2dParams check_sampling(
   p.pad_w = geometry.padding.second;
   p.dilation_h = geometry.dilation.first;
   p.dilation_w = geometry.dilation.second;
-  p.Ho = output_size(
-      tag, "H", p.H, p.kH, p.stride_h, p.pad_h, p.dilation_h);
-  p.Wo = output_size(
-      tag, "W", p.W, p.kW, p.stride_w, p.pad_w, p.dilation_w);
+  p.Ho = output_size(tag, "H", p.H, p.kH, p.stride_h, p.pad_h, p.dilation_h);
+  p.Wo = output_size(tag, "W", p.W, p.kW, p.stride_w, p.pad_w, p.dilation_w);
   p.G = 1;
 
   const int64_t taps = int64_t(p.kH) * p.kW;
@@ -163,11 +162,13 @@ DeformConv2dParams check_sampling(
   p.has_mask = mask.has_value();
   if (mask) {
     require_dims(
-        tag, "mask must have 4 axes, (N, H_out, W_out, DG * kH * kW)", *mask, 4);
+        tag,
+        "mask must have 4 axes, (N, H_out, W_out, DG * kH * kW)",
+        *mask,
+        4);
     const mx::Shape wanted{
         p.N, p.Ho, p.Wo, static_cast<mx::ShapeElem>(p.DG * taps)};
-    require(
-        *mask == wanted, tag, "mask must have " + text(wanted), *mask);
+    require(*mask == wanted, tag, "mask must have " + text(wanted), *mask);
   }
 
   p.pixel_begin = 0;

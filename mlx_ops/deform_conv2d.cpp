@@ -109,8 +109,7 @@ std::vector<mx::array> DeformConv2d::vjp(
   const mx::array& offset = primals[1];
   const mx::array& weight = primals[2];
   const mx::Dtype compute = offset.dtype();
-  const mx::array cotangent =
-      mx::contiguous(cotangents[0], false, stream());
+  const mx::array cotangent = mx::contiguous(cotangents[0], false, stream());
 
   const Wanted wanted{
       wants(0), wants(1), wants(2), has_mask_ && wants(mask_index())};

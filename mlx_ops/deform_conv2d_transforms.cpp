@@ -3,9 +3,6 @@
 
 #include "mlx_ops/deform_conv2d.h"
 
-#include <algorithm>
-#include <functional>
-
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "mlx_ops/batching.h"
@@ -69,10 +66,6 @@ Optional directional_derivative(
   return sum;
 }
 
-bool contains(const std::vector<int>& list, int value) {
-  return std::find(list.begin(), list.end(), value) != list.end();
-}
-
 } // namespace
 
 std::vector<mx::array> DeformConv2d::jvp(
@@ -108,10 +101,10 @@ std::vector<mx::array> DeformConv2d::jvp(
   return {mx::astype(*out, primals[0].dtype(), s)};
 }
 
-// The gradients g are those of L = <u, f(x, o, w, m)> with the cotangent u. Paired
-// with cotangents v of their own, <v, g> is the derivative of L along v, that is
-// <u, D_v f>. So its gradient in u is D_v f, and the others are the VJP of D_v f
-// with the cotangent u.
+// The gradients g are those of L = <u, f(x, o, w, m)> with the cotangent u.
+// Paired with cotangents v of their own, <v, g> is the derivative of L along v,
+// that is <u, D_v f>. So its gradient in u is D_v f, and the others are the VJP
+// of D_v f with the cotangent u.
 std::vector<mx::array> DeformConv2dVJP::vjp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& cotangents,
@@ -141,10 +134,7 @@ std::vector<mx::array> DeformConv2dVJP::vjp(
       all[varied[i]] = values[i];
     }
     const Arguments at{
-        all[0],
-        all[1],
-        all[2],
-        has_mask_ ? Optional(all[4]) : std::nullopt};
+        all[0], all[1], all[2], has_mask_ ? Optional(all[4]) : std::nullopt};
     return std::vector<mx::array>{
         *directional_derivative(geometry_, at, direction, s)};
   };
@@ -191,8 +181,8 @@ std::vector<mx::array> DeformConv2dVJP::jvp(
 
 namespace {
 
-// A mapped axis joins the batch where the weight is shared. Where each entry has
-// a weight of its own (or wants its gradient), it becomes weight groups and
+// A mapped axis joins the batch where the weight is shared. Where each entry
+// has a weight of its own (or wants its gradient), it becomes weight groups and
 // offset groups instead: channels of different entries never mix.
 struct Folding {
   int size; // of the mapped axis
@@ -233,12 +223,11 @@ std::pair<std::vector<mx::array>, std::vector<int>> DeformConv2d::vmap(
   if (has_bias_) {
     const mx::array& bias = inputs[bias_index()];
     const int axis = axes[bias_index()];
-    const mx::array rows = axis < 0
-        ? bias
-        : mx::reshape(
-              mx::moveaxis(bias, axis, 0, s),
-              {fold.size, 1, 1, 1, out.shape(-1)},
-              s);
+    const mx::array rows = axis < 0 ? bias
+                                    : mx::reshape(
+                                          mx::moveaxis(bias, axis, 0, s),
+                                          {fold.size, 1, 1, 1, out.shape(-1)},
+                                          s);
     out = mx::astype(mx::add(out, rows, s), inputs[0].dtype(), s);
   }
   return {{mx::astype(out, inputs[0].dtype(), s)}, {0}};

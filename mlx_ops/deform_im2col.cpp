@@ -86,9 +86,7 @@ std::vector<mx::array> DeformIm2col::vjp(
     return std::find(argnums.begin(), argnums.end(), index) != argnums.end();
   };
   std::vector<mx::array> inputs{
-      primals[0],
-      primals[1],
-      mx::contiguous(cotangents[0], false, stream())};
+      primals[0], primals[1], mx::contiguous(cotangents[0], false, stream())};
   if (has_mask_) {
     inputs.push_back(primals[2]);
   }

@@ -31,13 +31,12 @@ Optional directional_derivative(
     mx::Stream s) {
   const mx::Dtype dtype = at.offset->dtype();
   Optional sum;
-  const auto add = [&](const Optional& x,
-                       const Optional& offset,
-                       const Optional& mask) {
-    const mx::array term = deform_im2col(
-        mx::astype(*x, dtype, s), *offset, kernel, geometry, mask, s);
-    sum = sum ? mx::add(*sum, term, s) : term;
-  };
+  const auto add =
+      [&](const Optional& x, const Optional& offset, const Optional& mask) {
+        const mx::array term = deform_im2col(
+            mx::astype(*x, dtype, s), *offset, kernel, geometry, mask, s);
+        sum = sum ? mx::add(*sum, term, s) : term;
+      };
   if (direction.input) {
     add(direction.input, at.offset, at.mask);
   }
@@ -60,17 +59,15 @@ std::vector<mx::array> DeformIm2col::jvp(
     const std::vector<mx::array>& tangents,
     const std::vector<int>& argnums) {
   const Arguments at{
-      primals[0],
-      primals[1],
-      has_mask_ ? Optional(primals[2]) : std::nullopt};
+      primals[0], primals[1], has_mask_ ? Optional(primals[2]) : std::nullopt};
   Arguments direction;
   for (size_t i = 0; i < argnums.size(); ++i) {
     (argnums[i] == 0       ? direction.input
          : argnums[i] == 1 ? direction.offset
                            : direction.mask) = tangents[i];
   }
-  const Optional out = directional_derivative(
-      geometry_, kernel_size_, at, direction, stream());
+  const Optional out =
+      directional_derivative(geometry_, kernel_size_, at, direction, stream());
   return {mx::astype(*out, primals[0].dtype(), stream())};
 }
 
@@ -105,8 +102,8 @@ std::vector<mx::array> DeformIm2colVJP::vjp(
     }
     const Arguments at{
         all[0], all[1], has_mask_ ? Optional(all[3]) : std::nullopt};
-    return std::vector<mx::array>{*directional_derivative(
-        geometry_, kernel_size_, at, direction, s)};
+    return std::vector<mx::array>{
+        *directional_derivative(geometry_, kernel_size_, at, direction, s)};
   };
   const mx::array cotangent =
       mx::astype(primals[cotangent_index], primals[1].dtype(), s);

@@ -35,9 +35,7 @@ inline CallTypes call_types(
     wide = wide || x.dtype() == mx::float64;
   }
   return {
-      result,
-      wide ? mx::float64 : result,
-      wide ? mx::float64 : mx::float32};
+      result, wide ? mx::float64 : result, wide ? mx::float64 : mx::float32};
 }
 
 // An array as the kernels want it: of that type and row-contiguous. Copies only

@@ -21,8 +21,7 @@ inline std::vector<mlx::core::array> jvp_from_vjp(
     mlx::core::Stream stream) {
   std::vector<mlx::core::array> zeros;
   for (const auto& x : outputs) {
-    zeros.push_back(
-        mlx::core::zeros(x.shape(), x.dtype(), stream));
+    zeros.push_back(mlx::core::zeros(x.shape(), x.dtype(), stream));
   }
   return mlx::core::vjp(vjp, zeros, tangents).second;
 }

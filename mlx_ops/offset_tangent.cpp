@@ -66,9 +66,7 @@ std::vector<SamplingTerm> offset_tangent_terms(
   const auto to_edge = [&](const mx::array& displacement,
                            const mx::array& base) {
     return mx::stop_gradient(
-        mx::subtract(
-            mx::floor(mx::add(displacement, base, s), s), base, s),
-        s);
+        mx::subtract(mx::floor(mx::add(displacement, base, s), s), base, s), s);
   };
   const auto weigh = [&](const mx::array& direction) {
     const mx::array flat = mx::reshape(direction, mask_shape, s);

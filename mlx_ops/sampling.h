@@ -5,8 +5,8 @@
 // The image is extended by zeros without end and interpolated bilinearly inside
 // the cell that `floor` gives. The slope is the one of that cell, so at an
 // integer coordinate it is the right-hand derivative; at -1, where the value is
-// 0, it need not be 0. Beyond the image, at infinity too, value and slope are 0.
-// A NaN coordinate has no cell: `nan` is set and no corner may be read.
+// 0, it need not be 0. Beyond the image, at infinity too, value and slope are
+// 0. A NaN coordinate has no cell: `nan` is set and no corner may be read.
 
 #pragma once
 
@@ -45,8 +45,13 @@ MLX_DEFORM_FN double floor_of(double x) {
 // The coordinate on one axis that a kernel tap samples for an output position.
 // T is float or double, never a half: a half cannot hold 700.3.
 template <typename T>
-MLX_DEFORM_FN T
-sample_coordinate(int out, int stride, int pad, int tap, int dilation, T offset) {
+MLX_DEFORM_FN T sample_coordinate(
+    int out,
+    int stride,
+    int pad,
+    int tap,
+    int dilation,
+    T offset) {
   return T(out * stride - pad + tap * dilation) + offset;
 }
 
@@ -58,7 +63,7 @@ struct BilinearCell {
   int x;
   T ly; // position inside the cell, in [0, 1)
   T lx;
-  bool inside; // some corner may lie in the image; false: value and slopes are 0
+  bool inside; // else the sample lies beyond the image: value and slopes are 0
   bool nan; // a coordinate is NaN: value and slopes are NaN
   bool corner[4]; // the corner lies in the image
 };

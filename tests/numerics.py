@@ -34,6 +34,11 @@ def test_device():
 test_device.__test__ = False  # not a test, whatever its name
 
 
+def rounds_columns():
+    """Whether columns are stored in half types: on a GPU, and on its stand-in."""
+    return test_device() == mx.gpu or os.environ.get("MLX_DEFORM_STAND_IN") == "1"
+
+
 def device_for(*dtypes):
     """float64 exists on the CPU alone."""
     return mx.cpu if "float64" in dtypes else test_device()

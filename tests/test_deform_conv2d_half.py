@@ -16,6 +16,7 @@ from numerics import (
     check_against_oracle,
     rms,
     rounded,
+    rounds_columns,
     run_library,
     run_oracle,
     to_mx,
@@ -38,8 +39,10 @@ def check_rounding(config, dtype, **dtypes):
     for name, exact in want.items():
         stored = to_numpy(to_mx(exact, dtype))
         error, ideal = got[name] - exact, stored - exact
-        assert rms(error) <= 2 * rms(ideal), name
-        assert np.abs(error).max() <= 2 * np.abs(ideal).max(), name
+        # On a GPU the columns and their cotangents are rounded too, before they are summed.
+        times = 4 if rounds_columns() and name != "output" else 2
+        assert rms(error) <= times * rms(ideal), name
+        assert np.abs(error).max() <= times * np.abs(ideal).max(), name
 
 
 @pytest.mark.parametrize("W", WIDTHS)
@@ -79,6 +82,7 @@ def test_offset_and_mask_types(dtype, offset, mask):
     check_against_oracle(config, random_arrays(config, 1, grid=None), dtype, **dtypes)
 
 
+@pytest.mark.skipif(rounds_columns(), reason="a product of halves may overflow on its way")
 def test_float16_overflows_to_infinity_as_rounding_does():
     config = Config(has_bias=False)
     arrays = random_arrays(config, 0)

@@ -78,7 +78,9 @@ def names_for(op, arguments):
 
 def subsets(names):
     return [
-        subset for size in range(1, len(names) + 1) for subset in itertools.combinations(names, size)
+        subset
+        for size in range(1, len(names) + 1)
+        for subset in itertools.combinations(names, size)
     ]
 
 
@@ -243,7 +245,9 @@ def test_vmap_over_every_subset(op):
                 [
                     function(
                         *[
-                            mx.take(stacks[n], mx.array(i), axis=axis) if axis is not None else stacks[n]
+                            mx.take(stacks[n], mx.array(i), axis=axis)
+                            if axis is not None
+                            else stacks[n]
                             for n, axis in zip(names, in_axes, strict=True)
                         ]
                     )
@@ -265,7 +269,12 @@ def test_vmap_of_gradients(op):
     def gradients(*values):
         return mx.vjp(function, list(values), [cotangent])[1]
 
-    for mapped in [("input",), ("weight",) if op == "conv" else ("mask",), ("offset",), tuple(names)]:
+    for mapped in [
+        ("input",),
+        ("weight",) if op == "conv" else ("mask",),
+        ("offset",),
+        tuple(names),
+    ]:
         stacks = stacked(arguments, mapped, [0] * len(mapped))
         in_axes = tuple(0 if n in mapped else None for n in names)
         got = mx.vmap(gradients, in_axes=in_axes)(*[stacks[n] for n in names])

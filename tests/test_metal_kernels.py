@@ -24,7 +24,7 @@ SEEDS = (0, 1, 2)  # of the scheduling order
 WIDTHS = {"float32": (1, 4), "float16": (1, 4, 8), "bfloat16": (1, 4, 8)}
 
 RAGGED = Config(
-    N=2, H=5, W=7, C=48, kH=2, kW=3, stride=(2, 1), padding=(1, 2), dilation=(1, 2), G=2, DG=3
+    N=2, H=5, W=7, C=48, O=30, kH=2, kW=3, stride=(2, 1), padding=(1, 2), dilation=(1, 2), G=2, DG=3
 )
 CASES = {
     # C / G and C / DG of 24 and 16: vectors of 8, and groups that do not nest.

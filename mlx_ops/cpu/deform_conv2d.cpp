@@ -131,8 +131,7 @@ void forward(
           });
     }
     if constexpr (!std::is_same_v<T, R>) {
-      source.kernels.from_compute(
-          sums, out + begin * p.O, (end - begin) * p.O);
+      source.kernels.from_compute(sums, out + begin * p.O, (end - begin) * p.O);
     }
   });
 }
@@ -229,32 +228,33 @@ void backward(
   const int64_t row = int64_t(source.taps()) * group;
 
   // cotangent (pixels x O) times weight (O x columns)
-  const auto column_cotangent = [&](const Block& block, R* out, Worker& worker) {
-    const R* rows = cotangent_rows(
-        source, cotangent, block.pixel_begin, block.pixel_end, worker);
-    const int64_t width = int64_t(block.taps()) * group;
-    R* part = p.G == 1 ? out : worker.groups.get<R>(block.pixels() * width);
-    for (int g = 0; g < p.G; ++g) {
-      gemm<R>(
-          Transpose::no,
-          Transpose::no,
-          block.pixels(),
-          width,
-          out_group,
-          rows + g * out_group,
-          p.O,
-          weight + g * out_group * row + int64_t(block.tap_begin) * group,
-          row,
-          R(0),
-          part,
-          width);
-      if (p.G > 1) {
-        for (int64_t q = 0; q < block.pixels() * block.taps(); ++q) {
-          std::copy_n(part + q * group, group, out + q * p.C + g * group);
+  const auto column_cotangent =
+      [&](const Block& block, R* out, Worker& worker) {
+        const R* rows = cotangent_rows(
+            source, cotangent, block.pixel_begin, block.pixel_end, worker);
+        const int64_t width = int64_t(block.taps()) * group;
+        R* part = p.G == 1 ? out : worker.groups.get<R>(block.pixels() * width);
+        for (int g = 0; g < p.G; ++g) {
+          gemm<R>(
+              Transpose::no,
+              Transpose::no,
+              block.pixels(),
+              width,
+              out_group,
+              rows + g * out_group,
+              p.O,
+              weight + g * out_group * row + int64_t(block.tap_begin) * group,
+              row,
+              R(0),
+              part,
+              width);
+          if (p.G > 1) {
+            for (int64_t q = 0; q < block.pixels() * block.taps(); ++q) {
+              std::copy_n(part + q * group, group, out + q * p.C + g * group);
+            }
+          }
         }
-      }
-    }
-  };
+      };
 
   ThreadPool::Session session(ThreadPool::instance());
   if (grad_weight) {
@@ -319,33 +319,32 @@ void DeformConv2dVJP::eval_cpu(
     x.set_data(mx::allocator::malloc(x.nbytes()));
     out.push_back(mx::array::unsafe_weak_copy(x));
   }
-  mx::cpu::get_command_encoder(stream()).dispatch(
-      [p,
-       in = std::move(in),
-       out = std::move(out),
-       has_mask = has_mask_,
-       wanted = wanted_]() mutable {
-        cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
-          const cpu::Source<T, R> source(
-              p, in[0], in[1], has_mask ? &in[4] : nullptr);
-          size_t next = 0;
-          const auto take = [&](bool is_wanted) {
-            return is_wanted ? out[next++].data<R>() : nullptr;
-          };
-          R* grad_input = take(wanted.input);
-          R* grad_offset = take(wanted.offset);
-          R* grad_weight = take(wanted.weight);
-          R* grad_mask = take(wanted.mask);
-          cpu::backward<T, R>(
-              source,
-              in[2].data<R>(),
-              in[3].data<T>(),
-              grad_input,
-              grad_offset,
-              grad_weight,
-              grad_mask);
-        });
-      });
+  mx::cpu::get_command_encoder(stream()).dispatch([p,
+                                                   in = std::move(in),
+                                                   out = std::move(out),
+                                                   has_mask = has_mask_,
+                                                   wanted = wanted_]() mutable {
+    cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
+      const cpu::Source<T, R> source(
+          p, in[0], in[1], has_mask ? &in[4] : nullptr);
+      size_t next = 0;
+      const auto take = [&](bool is_wanted) {
+        return is_wanted ? out[next++].data<R>() : nullptr;
+      };
+      R* grad_input = take(wanted.input);
+      R* grad_offset = take(wanted.offset);
+      R* grad_weight = take(wanted.weight);
+      R* grad_mask = take(wanted.mask);
+      cpu::backward<T, R>(
+          source,
+          in[2].data<R>(),
+          in[3].data<T>(),
+          grad_input,
+          grad_offset,
+          grad_weight,
+          grad_mask);
+    });
+  });
 }
 
 } // namespace mlx_deform

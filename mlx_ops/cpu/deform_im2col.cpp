@@ -34,7 +34,8 @@ void im2col(const Source<T, R>& source, T* columns) {
         for (int64_t q = 0; q < block.pixels(); ++q) {
           for (int k = 0; k < block.taps(); ++k) {
             source.kernels.from_compute(
-                sampled, out + q * p.column_pixel + k * p.column_tap,
+                sampled,
+                out + q * p.column_pixel + k * p.column_tap,
                 block.channels());
             sampled += block.channels();
           }
@@ -90,42 +91,41 @@ void DeformIm2colVJP::eval_cpu(
     x.set_data(mx::allocator::malloc(x.nbytes()));
     out.push_back(mx::array::unsafe_weak_copy(x));
   }
-  mx::cpu::get_command_encoder(stream()).dispatch(
-      [p,
-       in = std::move(in),
-       out = std::move(out),
-       has_mask = has_mask_,
-       wanted = wanted_]() mutable {
-        cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
-          const cpu::Source<T, R> source(
-              p, in[0], in[1], has_mask ? &in[3] : nullptr);
-          const T* cotangent = in[2].data<T>();
-          size_t next = 0;
-          const auto take = [&](bool is_wanted) {
-            return is_wanted ? out[next++].data<R>() : nullptr;
-          };
-          R* grad_input = take(wanted.input);
-          R* grad_offset = take(wanted.offset);
-          R* grad_mask = take(wanted.mask);
-          cpu::ThreadPool::Session session(cpu::ThreadPool::instance());
-          cpu::sampling_vjp(
-              session,
-              source,
-              [&](const cpu::Block& block, R* columns, cpu::Worker&) {
-                for (int64_t q = block.pixel_begin; q < block.pixel_end; ++q) {
-                  source.kernels.to_compute(
-                      cotangent + q * p.column_pixel +
-                          block.tap_begin * p.column_tap,
-                      columns,
-                      block.width());
-                  columns += block.width();
-                }
-              },
-              grad_input,
-              grad_offset,
-              grad_mask);
-        });
-      });
+  mx::cpu::get_command_encoder(stream()).dispatch([p,
+                                                   in = std::move(in),
+                                                   out = std::move(out),
+                                                   has_mask = has_mask_,
+                                                   wanted = wanted_]() mutable {
+    cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
+      const cpu::Source<T, R> source(
+          p, in[0], in[1], has_mask ? &in[3] : nullptr);
+      const T* cotangent = in[2].data<T>();
+      size_t next = 0;
+      const auto take = [&](bool is_wanted) {
+        return is_wanted ? out[next++].data<R>() : nullptr;
+      };
+      R* grad_input = take(wanted.input);
+      R* grad_offset = take(wanted.offset);
+      R* grad_mask = take(wanted.mask);
+      cpu::ThreadPool::Session session(cpu::ThreadPool::instance());
+      cpu::sampling_vjp(
+          session,
+          source,
+          [&](const cpu::Block& block, R* columns, cpu::Worker&) {
+            for (int64_t q = block.pixel_begin; q < block.pixel_end; ++q) {
+              source.kernels.to_compute(
+                  cotangent + q * p.column_pixel +
+                      block.tap_begin * p.column_tap,
+                  columns,
+                  block.width());
+              columns += block.width();
+            }
+          },
+          grad_input,
+          grad_offset,
+          grad_mask);
+    });
+  });
 }
 
 } // namespace mlx_deform

@@ -24,6 +24,20 @@ void use_one_thread() {
 #endif
 }
 
+template <typename R>
+auto product() {
+  if constexpr (std::is_same_v<R, float>) {
+    return BLAS(sgemm);
+  } else {
+    return BLAS(dgemm);
+  }
+}
+
+// Tiles are small, so every size fits in BLAS's 32-bit integers.
+int narrow(int64_t size) {
+  return static_cast<int>(size);
+}
+
 } // namespace
 
 template <typename R>
@@ -41,58 +55,36 @@ void gemm(
     R* c,
     int64_t ldc) {
   use_one_thread();
-  const auto ta = trans_a == Transpose::yes ? CblasTrans : CblasNoTrans;
-  const auto tb = trans_b == Transpose::yes ? CblasTrans : CblasNoTrans;
-  // Tiles are small, so every size fits in BLAS's 32-bit integers.
-  const auto i = [](int64_t x) { return static_cast<int>(x); };
-  if constexpr (std::is_same_v<R, float>) {
-    BLAS(sgemm)
-    (CblasRowMajor,
-     ta,
-     tb,
-     i(m),
-     i(n),
-     i(k),
-     1.0f,
-     a,
-     i(lda),
-     b,
-     i(ldb),
-     beta,
-     c,
-     i(ldc));
-  } else {
-    BLAS(dgemm)
-    (CblasRowMajor,
-     ta,
-     tb,
-     i(m),
-     i(n),
-     i(k),
-     1.0,
-     a,
-     i(lda),
-     b,
-     i(ldb),
-     beta,
-     c,
-     i(ldc));
-  }
+  product<R>()(
+      CblasRowMajor,
+      trans_a == Transpose::yes ? CblasTrans : CblasNoTrans,
+      trans_b == Transpose::yes ? CblasTrans : CblasNoTrans,
+      narrow(m),
+      narrow(n),
+      narrow(k),
+      R(1),
+      a,
+      narrow(lda),
+      b,
+      narrow(ldb),
+      beta,
+      c,
+      narrow(ldc));
 }
 
-#define INSTANTIATE(R)    \
-  template void gemm<R>(  \
-      Transpose,          \
-      Transpose,          \
-      int64_t,            \
-      int64_t,            \
-      int64_t,            \
-      const R*,           \
-      int64_t,            \
-      const R*,           \
-      int64_t,            \
-      R,                  \
-      R*,                 \
+#define INSTANTIATE(R)   \
+  template void gemm<R>( \
+      Transpose,         \
+      Transpose,         \
+      int64_t,           \
+      int64_t,           \
+      int64_t,           \
+      const R*,          \
+      int64_t,           \
+      const R*,          \
+      int64_t,           \
+      R,                 \
+      R*,                \
       int64_t)
 
 INSTANTIATE(float);

@@ -38,8 +38,7 @@ void* Scratch::reserve(size_t bytes) {
     std::free(data_);
     data_ = nullptr;
     size_ = 0;
-    const size_t rounded =
-        (bytes + cache_line - 1) / cache_line * cache_line;
+    const size_t rounded = (bytes + cache_line - 1) / cache_line * cache_line;
     data_ = std::aligned_alloc(cache_line, rounded);
     if (data_ == nullptr) {
       throw std::bad_alloc();

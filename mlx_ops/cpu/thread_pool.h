@@ -59,9 +59,7 @@ class ThreadPool {
 
     // Calls task(i, worker) for every i in [0, count), in any order, and
     // returns when all are done. The first exception is thrown again here.
-    void run(
-        int64_t count,
-        const std::function<void(int64_t, Worker&)>& task);
+    void run(int64_t count, const std::function<void(int64_t, Worker&)>& task);
 
     // Scratch memory that all tasks of this session see.
     Scratch& shared();

@@ -5,11 +5,11 @@
 
 namespace mlx_deform::cpu {
 
-#define DECLARE(isa)                                      \
-  namespace isa {                                         \
-  extern const TileKernels<float, float> kernels_float32; \
-  extern const TileKernels<double, double> kernels_float64; \
-  extern const TileKernels<Float16, float> kernels_float16; \
+#define DECLARE(isa)                                          \
+  namespace isa {                                             \
+  extern const TileKernels<float, float> kernels_float32;     \
+  extern const TileKernels<double, double> kernels_float64;   \
+  extern const TileKernels<Float16, float> kernels_float16;   \
   extern const TileKernels<BFloat16, float> kernels_bfloat16; \
   }
 

@@ -233,8 +233,7 @@ void plan(
         const int64_t at = (p * params.DG + dg) * taps + begin;
         cells.locate(params, count, ho, wo, offset + 2 * at);
         Sample<R>* to = samples +
-            ((p - block.pixel_begin) * block.taps() + begin -
-             block.tap_begin) *
+            ((p - block.pixel_begin) * block.taps() + begin - block.tap_begin) *
                 groups.count() +
             dg - groups.first;
         for (int t = 0; t < count; ++t) {
@@ -359,7 +358,8 @@ void offset_grad(
           s2 += g * load(p2 + q);
           s3 += g * load(p3 + q);
         }
-        R corner[4] = {sum_of<R>(s0), sum_of<R>(s1), sum_of<R>(s2), sum_of<R>(s3)};
+        R corner[4] = {
+            sum_of<R>(s0), sum_of<R>(s1), sum_of<R>(s2), sum_of<R>(s3)};
         for (; q < group_width; ++q) {
           const R g = grad_columns[q];
           corner[0] += g * load_one(p0 + q);
@@ -376,7 +376,8 @@ void offset_grad(
         if (grad_offset) {
           const R m = samples->mask;
           grad_offset[2 * at] = m * combine(slope_weights_y(samples->cell()));
-          grad_offset[2 * at + 1] = m * combine(slope_weights_x(samples->cell()));
+          grad_offset[2 * at + 1] =
+              m * combine(slope_weights_x(samples->cell()));
         }
         if (grad_mask) {
           grad_mask[at] = combine(value_weights(samples->cell()));

@@ -92,8 +92,8 @@ struct Source {
       Worker& worker) const {
     const int groups =
         offset_groups(params, block.channel_begin, block.channel_end).count();
-    auto* samples = worker.samples.get<Sample<R>>(
-        block.pixels() * block.taps() * groups);
+    auto* samples =
+        worker.samples.get<Sample<R>>(block.pixels() * block.taps() * groups);
     kernels.plan(params, block, offset, mask, samples);
     kernels.sample(
         params,
@@ -117,12 +117,7 @@ struct ColumnRange {
 
   Block at(int64_t pixel_begin, int64_t pixel_end) const {
     return {
-        pixel_begin,
-        pixel_end,
-        tap_begin,
-        tap_end,
-        channel_begin,
-        channel_end};
+        pixel_begin, pixel_end, tap_begin, tap_end, channel_begin, channel_end};
   }
 };
 
@@ -170,8 +165,7 @@ template <typename R>
 void fill_zero(ThreadPool::Session& session, R* data, int64_t count) {
   constexpr int64_t piece = 1 << 16;
   session.run(ceil_div(count, piece), [&](int64_t i, Worker&) {
-    std::fill(
-        data + i * piece, data + std::min(count, (i + 1) * piece), R(0));
+    std::fill(data + i * piece, data + std::min(count, (i + 1) * piece), R(0));
   });
 }
 
@@ -216,27 +210,26 @@ void sampling_vjp(
       auto* samples = session.shared_samples().get<Sample<R>>(
           all.pixels() * all.taps() * p.DG);
 
-      session.run(
-          ceil_div(all.pixels(), tile), [&](int64_t i, Worker& worker) {
-            Block block = all;
-            block.pixel_begin = begin + i * tile;
-            block.pixel_end = std::min(block.pixel_begin + tile, end);
-            R* grad = columns + i * tile * all.width();
-            auto* plan = samples + i * tile * all.taps() * p.DG;
-            source.kernels.plan(p, block, source.offset, source.mask, plan);
-            column_cotangent(block, grad, worker);
-            if (grad_offset || grad_mask) {
-              source.kernels.offset_grad(
-                  p,
-                  block,
-                  plan,
-                  source.input,
-                  source.zeros.data(),
-                  grad,
-                  grad_offset,
-                  grad_mask);
-            }
-          });
+      session.run(ceil_div(all.pixels(), tile), [&](int64_t i, Worker& worker) {
+        Block block = all;
+        block.pixel_begin = begin + i * tile;
+        block.pixel_end = std::min(block.pixel_begin + tile, end);
+        R* grad = columns + i * tile * all.width();
+        auto* plan = samples + i * tile * all.taps() * p.DG;
+        source.kernels.plan(p, block, source.offset, source.mask, plan);
+        column_cotangent(block, grad, worker);
+        if (grad_offset || grad_mask) {
+          source.kernels.offset_grad(
+              p,
+              block,
+              plan,
+              source.input,
+              source.zeros.data(),
+              grad,
+              grad_offset,
+              grad_mask);
+        }
+      });
 
       if (grad_input) {
         session.run(ceil_div(p.C, part), [&](int64_t i, Worker&) {

@@ -86,8 +86,7 @@ struct Products {
         out(p.O / p.G),
         width(p.kH * p.kW * (p.C / p.G)) {
     for (const Chunk& chunk : chunks) {
-      most_pixels =
-          std::max(most_pixels, chunk.pixel_end - chunk.pixel_begin);
+      most_pixels = std::max(most_pixels, chunk.pixel_end - chunk.pixel_begin);
     }
   }
 
@@ -113,8 +112,7 @@ struct Products {
   }
   mx::array columns_at(const mx::array& buffer, const Chunk& chunk) const {
     const auto n = static_cast<int>(chunk.pixel_end - chunk.pixel_begin);
-    return view_of(
-        buffer, {p.G, n, width}, {int64_t(n) * width, width, 1});
+    return view_of(buffer, {p.G, n, width}, {int64_t(n) * width, width, 1});
   }
 
   mx::array weight_groups(const mx::array& weight) const {
@@ -148,25 +146,24 @@ void forward(
   for (const Chunk& chunk : products.chunks) {
     mx::array columns = products.columns_at(buffer, chunk);
     im2col(products.at(chunk), input, offset, mask, columns, stream);
-    mx::array part = bias
-        ? mx::addmm(
-              mx::reshape(
-                  mx::astype(*bias, input.dtype(), stream),
-                  {p.G, 1, products.out},
-                  stream),
-              columns,
-              kernel,
-              1.0f,
-              1.0f,
-              stream)
-        : mx::matmul(columns, kernel, stream);
+    mx::array part = bias ? mx::addmm(
+                                mx::reshape(
+                                    mx::astype(*bias, input.dtype(), stream),
+                                    {p.G, 1, products.out},
+                                    stream),
+                                columns,
+                                kernel,
+                                1.0f,
+                                1.0f,
+                                stream)
+                          : mx::matmul(columns, kernel, stream);
     run_now(part, stream);
     parts.push_back(mx::swapaxes(part, 0, 1, stream));
   }
   const mx::array all =
       parts.size() == 1 ? parts[0] : mx::concatenate(parts, 0, stream);
-  const mx::array result = mx::contiguous(
-      mx::reshape(all, out.shape(), stream), false, stream);
+  const mx::array result =
+      mx::contiguous(mx::reshape(all, out.shape(), stream), false, stream);
   run_now(result, stream);
   out.copy_shared_buffer(result);
 }
@@ -254,8 +251,8 @@ void backward(
       run_now(*weight_sum, stream);
     }
     if (wants_columns) {
-      const mx::array grad_columns = column_cotangent(
-          products, chunk, cotangent, rows, kernel, columns);
+      const mx::array grad_columns =
+          column_cotangent(products, chunk, cotangent, rows, kernel, columns);
       if (gradients.input) {
         col2im(
             q,

@@ -42,7 +42,12 @@ void init_deform_conv2d(nb::module_& m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def deform_conv2d(input: mlx.core.array, offset: mlx.core.array, weight: mlx.core.array, bias: mlx.core.array | None = None, stride: int | typing.Sequence[int] = 1, padding: int | typing.Sequence[int] = 0, dilation: int | typing.Sequence[int] = 1, mask: mlx.core.array | None = None, *, stream: mlx.core.Stream | mlx.core.Device | mlx.core.DeviceType | None = None) -> mlx.core.array"),
+          "def deform_conv2d(input: mlx.core.array, offset: mlx.core.array, "
+          "weight: mlx.core.array, bias: mlx.core.array | None = None, stride: "
+          "int | typing.Sequence[int] = 1, padding: int | typing.Sequence[int] "
+          "= 0, dilation: int | typing.Sequence[int] = 1, mask: mlx.core.array "
+          "| None = None, *, stream: mlx.core.Stream | mlx.core.Device | "
+          "mlx.core.DeviceType | None = None) -> mlx.core.array"),
       R"pbdoc(
         Deformable convolution over an image with channels last.
 

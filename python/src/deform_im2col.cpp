@@ -39,7 +39,12 @@ void init_deform_im2col(nb::module_& m) {
       nb::kw_only(),
       "stream"_a = nb::none(),
       nb::sig(
-          "def deform_im2col(input: mlx.core.array, offset: mlx.core.array, kernel_size: int | typing.Sequence[int], stride: int | typing.Sequence[int] = 1, padding: int | typing.Sequence[int] = 0, dilation: int | typing.Sequence[int] = 1, mask: mlx.core.array | None = None, *, stream: mlx.core.Stream | mlx.core.Device | mlx.core.DeviceType | None = None) -> mlx.core.array"),
+          "def deform_im2col(input: mlx.core.array, offset: mlx.core.array, "
+          "kernel_size: int | typing.Sequence[int], stride: int | "
+          "typing.Sequence[int] = 1, padding: int | typing.Sequence[int] = 0, "
+          "dilation: int | typing.Sequence[int] = 1, mask: mlx.core.array | "
+          "None = None, *, stream: mlx.core.Stream | mlx.core.Device | "
+          "mlx.core.DeviceType | None = None) -> mlx.core.array"),
       R"pbdoc(
         The sampled columns of a deformable convolution.
 

@@ -1,0 +1,27 @@
+from collections.abc import Sequence
+
+import mlx.core
+
+def deform_conv2d(
+    input: mlx.core.array,
+    offset: mlx.core.array,
+    weight: mlx.core.array,
+    bias: mlx.core.array | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    mask: mlx.core.array | None = None,
+    *,
+    stream: mlx.core.Stream | mlx.core.Device | mlx.core.DeviceType | None = None,
+) -> mlx.core.array: ...
+def deform_im2col(
+    input: mlx.core.array,
+    offset: mlx.core.array,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    mask: mlx.core.array | None = None,
+    *,
+    stream: mlx.core.Stream | mlx.core.Device | mlx.core.DeviceType | None = None,
+) -> mlx.core.array: ...
