@@ -5,7 +5,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from report import OURS, factor
 
@@ -38,6 +38,7 @@ def _panel(axes, rows, names):
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, 0.7 * min(ratios)), 2 * max(ratios))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.xaxis.set_minor_formatter(NullFormatter())  # short axes would label these too
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [row.case for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)

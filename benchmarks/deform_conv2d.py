@@ -80,6 +80,13 @@ def parse_arguments(arguments):
         metavar="S",
         help="that a contender has for a pass of a case (default: 2; 0.2 with --quick)",
     )
+    option(
+        "--patience",
+        type=positive(float),
+        default=20.0,
+        metavar="S",
+        help="leave out peers whose single call would take longer (default: 20)",
+    )
     option("--repeats", type=positive(int), metavar="N", help="samples (default: 15; 5)")
     option(
         "--memory-of",
@@ -150,6 +157,7 @@ def measure(options):
             threads=options.threads,
             budget_s=options.seconds,
             repeats=options.repeats,
+            patience_s=options.patience,
             with_peers=not options.no_peers,
             memory_of=options.memory_of,
             tf32=options.tf32,

@@ -20,6 +20,7 @@ against the arrays that any implementation must touch.
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 
 from mlx_deform import _ext
@@ -77,6 +78,8 @@ KERNELS = (
     ("col2im", "col2im", {}),
     ("col2im, deterministic", "col2im", {"deterministic": True}),
     ("offset_grad", "offset_grad", {}),
+    # In place of MLX's matmul where the columns come in several chunks.
+    ("column_product", "column_product", {}),
 )
 
 
@@ -88,8 +91,8 @@ class Cost:
     plan: dict | None = None
 
 
-def chunk_cost(case, dtype, op, options, begin, end):
-    plan = _ext._dispatch_plan(op, case.fields(begin, end), dtype, **options)
+def sampling_cost(case, dtype, op, options, begin, end, plan):
+    """Of the kernels that sample: their columns, and what the samples lie in."""
     size = ITEMSIZE[dtype]
     pixels = end - begin
     samples = pixels * case.taps
@@ -108,27 +111,40 @@ def chunk_cost(case, dtype, op, options, begin, end):
         minimum += plan_bytes
 
     if options.get("deterministic"):
-        # Every SIMD group looks at all samples for its row, and finds each of them
-        # in two rows.
-        simd_groups = plan["grid"][0] * plan["grid"][1] // 32
-        looks = simd_groups * samples
-        requested = looks * 8 + 2 * channels * size + 4 * channels * 2 * 4
-        flops = looks * SAMPLE_FLOPS + CHANNEL_FLOPS[op] * channels
+        # Every SIMD group looks at all samples for its row, and each sample touches two
+        # rows, there two pixels.
+        looks = plan["grid"][0] * plan["grid"][1] // 32 * samples
+        requested = looks * 8 + channels * (2 * size + 4 * 2 * 4)
+        flops = looks * SAMPLE_FLOPS + channels * CHANNEL_FLOPS[op]
+        return Cost(requested, minimum, flops, plan)
+
+    if op == "offset_grad":
+        threads = samples * plan["constants"]["segment_lanes"]
+        written = plan_bytes
     else:
-        if op == "offset_grad":
-            threads = samples * plan["constants"]["segment_lanes"]
-        else:
-            threads = plan["grid"][0] * plan["grid"][1] * plan["grid"][2]
-        corners = {
-            "im2col": 4 * size,
-            "col2im": 4 * 2 * 4,  # atomics read and write float32
-            "offset_grad": 4 * size,
-        }[op]
-        requested = threads * 12 + channels * (size + corners)
-        if op == "offset_grad":
-            requested += plan_bytes
-        flops = threads * SAMPLE_FLOPS + CHANNEL_FLOPS[op] * channels
+        threads = math.prod(plan["grid"])
+        written = 0
+    # Corners are read; col2im reads and writes them, in float32.
+    corners = 4 * 2 * 4 if op == "col2im" else 4 * size
+    requested = threads * 12 + channels * (size + corners) + written
+    flops = threads * SAMPLE_FLOPS + channels * CHANNEL_FLOPS[op]
     return Cost(requested, minimum, flops, plan)
+
+
+def product_cost(case, dtype, begin, end, plan):
+    size = ITEMSIZE[dtype]
+    pixels, width = end - begin, case.taps * case.C
+    tiles = math.prod(plan["grid"]) // plan["group"][0]
+    requested = tiles * (64 + 64) * case.outputs * size + pixels * width * size
+    minimum = (pixels * (case.outputs + width) + case.outputs * width) * size
+    return Cost(requested, minimum, 2 * pixels * width * case.outputs, plan)
+
+
+def chunk_cost(case, dtype, op, options, begin, end):
+    plan = _ext._dispatch_plan(op, case.fields(begin, end), dtype, **options)
+    if op == "column_product":
+        return product_cost(case, dtype, begin, end, plan)
+    return sampling_cost(case, dtype, op, options, begin, end, plan)
 
 
 def kernel_cost(case, dtype, op, options, chunks):

@@ -8,6 +8,7 @@ import mlx.core as mx
 import peers
 from contenders import MlxDeform, Unavailable, bound_for, device_kind
 from memory import extra_megabytes
+from named_cases import cropped
 from problem import (
     BACKWARD,
     FORWARD,
@@ -17,9 +18,10 @@ from problem import (
     errors_of,
     gflop,
     make_problem,
+    product_of,
 )
 from report import OURS, Row
-from timing import race
+from timing import race, timed
 
 # A peer whose output is farther than this from ours, relative to the largest magnitude, is
 # named in the notes: it is timed, but at another operation or another precision.
@@ -32,6 +34,7 @@ class Options:
     threads: int
     budget_s: float
     repeats: int
+    patience_s: float
     with_peers: bool
     memory_of: list
     tf32: bool
@@ -56,23 +59,26 @@ class Suite:
 
     def rows(self, name, config):
         """Yield a Row for every type and pass; raises Mismatch before anything is timed."""
+        threads = self.options.threads
         problem = make_problem(name, config)
         reference, known = self.reference(problem)
         for dtype in self.options.dtypes:
-            ours = MlxDeform(problem, dtype, self.options.threads)
+            ours = MlxDeform(problem, dtype, threads)
             results = ours.as_numpy(ours.run(BACKWARD))
             error = None
             if reference is None:
                 check_cropped(problem, dtype)
             else:
                 error = check_against(reference, results, dtype, self.options.tf32)
-            contenders = self.contenders(problem, dtype, ours, results["output"], known)
+            trials = self.trials(name, config, dtype)
+            contenders = {OURS: ours, self.bound.name: self.bound(problem, dtype, threads)}
+            contenders |= self.peers_of(problem, dtype, trials, results["output"], known)
             del results
             extra = {}
             for who in self.options.memory_of:
-                extra[who] = extra_megabytes(name, dtype, who, self.device, self.options.threads)
+                extra[who] = extra_megabytes(name, dtype, who, self.device, threads)
             for which in PASSES:
-                timings = self.timings(name, dtype, contenders, which, known)
+                timings = self.timings(problem, dtype, contenders, which, trials, known)
                 megabytes = {who: mb[which] for who, mb in extra.items() if which in mb}
                 yield Row(
                     case=name,
@@ -102,31 +108,53 @@ class Suite:
         results = _first_call(torchvision, "float32", BACKWARD, known)
         return torchvision.as_numpy(results), known if device == self.kind else {}
 
-    def contenders(self, problem, dtype, ours, output, known):
-        """The library, the bound, and every peer that gets through a forward."""
-        threads = self.options.threads
-        contenders = {OURS: ours, self.bound.name: self.bound(problem, dtype, threads)}
+    def trials(self, name, config, dtype):
+        """Every peer that gets through a forward on a small map, by name: (peer, trial)."""
+        small, trials = make_problem(name, cropped(config)), {}
         for peer in self.peers:
             try:
-                contender = peers.build(peer, problem, dtype, threads, self.kind)
-                results = _first_call(contender, dtype, FORWARD, known)
+                trial = peers.build(peer, small, dtype, self.options.threads, self.kind)
+                self.try_pass(trial, FORWARD, config)
             except Exception as error:  # whatever a peer raises, it is not in the race
-                self.note(f"{peer.name}, {dtype}: {_summary(error)}", problem.name)
+                self.note(f"{peer.name}, {dtype}: {_summary(error)}", name)
+                continue
+            trials[peer.name] = (peer, trial)
+        return trials
+
+    def try_pass(self, trial, which, config):
+        """Some peers take minutes, for want of a kernel for a type: Unavailable tells."""
+        trial.run(which)
+        small = product_of(cropped(config)).M
+        seconds = timed(_runner(trial, which)) * product_of(config).M / small
+        if seconds > self.options.patience_s:
+            raise Unavailable(f"one {which} would take {seconds:.0f} s (see --patience)")
+
+    def peers_of(self, problem, dtype, trials, output, known):
+        """The peers at full size, called once; a note tells where results differ from ours."""
+        contenders = {}
+        for name, (peer, _) in trials.items():
+            try:
+                contender = peers.build(peer, problem, dtype, self.options.threads, self.kind)
+                results = _first_call(contender, dtype, FORWARD, known)
+            except Exception as error:
+                self.note(f"{name}, {dtype}: {_summary(error)}", problem.name)
                 continue
             if hasattr(contender, "as_numpy") and not issubclass(peer, _ORDINARY):
                 theirs = contender.as_numpy(results)["output"]
                 distance = errors_of({"output": theirs}, {"output": output})["output"]
                 if not distance <= PEER_TOLERANCE[dtype]:
-                    self.note(f"{peer.name}, {dtype}: differs by {distance:.1e}", problem.name)
-            contenders[peer.name] = contender
+                    self.note(f"{name}, {dtype}: differs by {distance:.1e}", problem.name)
+            contenders[name] = contender
         return contenders
 
-    def timings(self, name, dtype, contenders, which, known):
+    def timings(self, problem, dtype, contenders, which, trials, known):
+        name, config = problem.name, problem.config
         runs, long = {}, {}
         for who, contender in contenders.items():
             call = (who, dtype, which)
-            if call not in known and who not in (OURS, self.bound.name):
+            if call not in known and who in trials:
                 try:
+                    self.try_pass(trials[who][1], which, config)
                     _first_call(contender, dtype, which, known)
                 except Exception as error:  # a peer without a backward, mostly
                     self.note(f"{who}, {dtype}, {which}: {_summary(error)}", name)
