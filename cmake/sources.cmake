@@ -20,6 +20,7 @@ set(MLX_DEFORM_CORE_SOURCES
 set(MLX_DEFORM_KERNEL_SOURCES
     mlx_ops/cpu/tile_kernels_baseline.cpp)
 set(MLX_DEFORM_X86_KERNEL_SOURCES
+    mlx_ops/cpu/products_avx2.cpp
     mlx_ops/cpu/tile_kernels_avx2.cpp)
 
 # One GPU backend a build.

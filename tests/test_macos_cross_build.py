@@ -28,7 +28,7 @@ LIBRARIES = {
     "/usr/lib/libobjc.A.dylib",
     apple_clang.NAMED_BY_U,
 }
-FOR_X86 = {"mlx_ops/cpu/tile_kernels_avx2.cpp"}
+FOR_X86 = {"mlx_ops/cpu/products_avx2.cpp", "mlx_ops/cpu/tile_kernels_avx2.cpp"}
 
 
 @pytest.fixture(scope="module")

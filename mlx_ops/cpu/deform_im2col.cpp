@@ -27,10 +27,11 @@ void im2col(const Source<T, R>& source, T* columns) {
           range.at(begin, std::min(begin + tile, source.pixels()));
       T* out = columns + begin * p.column_pixel +
           block.tap_begin * p.column_tap + block.channel_begin;
+      const Sample<R>* samples = source.plan(block, worker);
       if constexpr (std::is_same_v<T, R>) {
-        source.sample_to(block, out, p.column_pixel, p.column_tap, worker);
+        source.sample_to(block, samples, out, p.column_pixel, p.column_tap);
       } else {
-        const R* sampled = source.sample(block, worker);
+        const R* sampled = source.sample(block, samples, block.width(), worker);
         for (int64_t q = 0; q < block.pixels(); ++q) {
           for (int k = 0; k < block.taps(); ++k) {
             source.kernels.from_compute(

@@ -64,8 +64,9 @@ struct ThreadPool::State {
   // What the spinning workers look at before they go to sleep.
   std::atomic<uint64_t> announced{0};
 
-  Scratch shared;
+  Scratch shared_columns;
   Scratch shared_samples;
+  Scratch packed_weight;
   std::vector<std::unique_ptr<Worker>> workers; // [0] belongs to the caller
   std::vector<std::thread> threads;
 
@@ -153,12 +154,16 @@ int ThreadPool::Session::size() const {
   return pool_.size();
 }
 
-Scratch& ThreadPool::Session::shared() {
-  return pool_.state_->shared;
+Scratch& ThreadPool::Session::shared_columns() {
+  return pool_.state_->shared_columns;
 }
 
 Scratch& ThreadPool::Session::shared_samples() {
   return pool_.state_->shared_samples;
+}
+
+Scratch& ThreadPool::Session::packed_weight() {
+  return pool_.state_->packed_weight;
 }
 
 void ThreadPool::Session::run(

@@ -62,8 +62,9 @@ class ThreadPool {
     void run(int64_t count, const std::function<void(int64_t, Worker&)>& task);
 
     // Scratch memory that all tasks of this session see.
-    Scratch& shared();
+    Scratch& shared_columns();
     Scratch& shared_samples();
+    Scratch& packed_weight();
 
    private:
     ThreadPool& pool_;

@@ -1,4 +1,5 @@
 #include "mlx_ops/cpu/tile_kernels.h"
+#include "mlx_ops/cpu/products.h"
 
 #include <cstdlib>
 #include <string>
@@ -16,6 +17,10 @@ namespace mlx_deform::cpu {
 DECLARE(baseline)
 #if defined(__x86_64__)
 DECLARE(avx2)
+namespace avx2 {
+extern const Products<float> products_float32;
+extern const Products<double> products_float64;
+} // namespace avx2
 #endif
 
 namespace {
@@ -29,6 +34,11 @@ bool use_avx2() {
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c");
   }();
+  return use;
+}
+// OpenBLAS has kernels for AVX-512, twice as wide as our products.
+bool use_own_products() {
+  static const bool use = use_avx2() && !__builtin_cpu_supports("avx512f");
   return use;
 }
 #define CHOOSE(table) return use_avx2() ? avx2::table : baseline::table
@@ -54,5 +64,25 @@ template <>
 const TileKernels<BFloat16, float>& tile_kernels() {
   CHOOSE(kernels_bfloat16);
 }
+
+#if defined(__x86_64__)
+template <>
+const Products<float>* own_products() {
+  return use_own_products() ? &avx2::products_float32 : nullptr;
+}
+template <>
+const Products<double>* own_products() {
+  return use_own_products() ? &avx2::products_float64 : nullptr;
+}
+#else
+template <>
+const Products<float>* own_products() {
+  return nullptr;
+}
+template <>
+const Products<double>* own_products() {
+  return nullptr;
+}
+#endif
 
 } // namespace mlx_deform::cpu

@@ -77,24 +77,36 @@ struct Source {
     return params.pixel_end - params.pixel_begin;
   }
 
-  // The block's columns, [pixels][taps][channels], in the worker's memory.
-  R* sample(const Block& block, Worker& worker) const {
-    R* columns = worker.columns.get<R>(block.pixels() * block.width());
-    sample_to(block, columns, block.width(), block.channels(), worker);
+  GroupRange groups(const Block& block) const {
+    return offset_groups(params, block.channel_begin, block.channel_end);
+  }
+
+  // The plan of the block's samples, in the worker's memory.
+  const Sample<R>* plan(const Block& block, Worker& worker) const {
+    auto* samples = worker.samples.get<Sample<R>>(
+        block.pixels() * block.taps() * groups(block).count());
+    kernels.plan(params, block, offset, mask, samples);
+    return samples;
+  }
+
+  // The block's columns, [pixels][taps][channels] with pixels pixel_stride
+  // apart, in the worker's memory, with room behind them for one more row.
+  R* sample(
+      const Block& block,
+      const Sample<R>* samples,
+      int64_t pixel_stride,
+      Worker& worker) const {
+    R* columns = worker.columns.get<R>((block.pixels() + 1) * pixel_stride);
+    sample_to(block, samples, columns, pixel_stride, block.channels());
     return columns;
   }
 
   void sample_to(
       const Block& block,
+      const Sample<R>* samples,
       R* columns,
       int64_t pixel_stride,
-      int64_t tap_stride,
-      Worker& worker) const {
-    const int groups =
-        offset_groups(params, block.channel_begin, block.channel_end).count();
-    auto* samples =
-        worker.samples.get<Sample<R>>(block.pixels() * block.taps() * groups);
-    kernels.plan(params, block, offset, mask, samples);
+      int64_t tap_stride) const {
     kernels.sample(
         params,
         block,
@@ -206,7 +218,7 @@ void sampling_vjp(
     const int64_t end = std::min(begin + chunk, source.pixels());
     for (int k = 0; k < source.taps(); k += step) {
       const Block all{begin, end, k, std::min(k + step, source.taps()), 0, p.C};
-      R* columns = session.shared().get<R>(all.pixels() * all.width());
+      R* columns = session.shared_columns().get<R>(all.pixels() * all.width());
       auto* samples = session.shared_samples().get<Sample<R>>(
           all.pixels() * all.taps() * p.DG);
 

@@ -1,0 +1,64 @@
+// Matrix products for tiles that are already in cache. BLAS packs both factors
+// anew at every call; here the weight is packed once, and the columns, a few
+// pixels of them, are read where the sampling has just put them.
+
+#pragma once
+
+#include <stdint.h>
+
+namespace mlx_deform::cpu {
+
+template <typename R>
+struct Products {
+  int panel; // columns of a packed panel
+  int strip; // rows of c that a pass makes: the best number of pixels at a time
+
+  // Packs b (k x n), element (i, j) at b[i * row_step + j * column_step], into
+  // [panels][k][panel], filled up with zeros.
+  void (*pack)(
+      const R* b,
+      int64_t row_step,
+      int64_t column_step,
+      int64_t k,
+      int64_t n,
+      R* packed);
+
+  // c (m x n) = a (m x k) * b (k x n) + (accumulate ? c : 0). `packed` points
+  // to the first of the k rows in the first panel, panels are panel_stride
+  // apart.
+  void (*multiply)(
+      int64_t m,
+      int64_t n,
+      int64_t k,
+      const R* a,
+      int64_t lda,
+      const R* packed,
+      int64_t panel_stride,
+      R* c,
+      int64_t ldc,
+      bool accumulate);
+
+  // c (m x n) = a^T (m x k) * b (k x n) + (accumulate ? c : 0), for a (k x m).
+  // Rows of b are read up to a whole panel: ldb must leave room.
+  void (*multiply_transposed)(
+      int64_t m,
+      int64_t n,
+      int64_t k,
+      const R* a,
+      int64_t lda,
+      const R* b,
+      int64_t ldb,
+      R* c,
+      int64_t ldc,
+      bool accumulate);
+
+  int64_t packed_size(int64_t k, int64_t n) const {
+    return (n + panel - 1) / panel * panel * k;
+  }
+};
+
+// The products for this machine, or null where its BLAS is faster.
+template <typename R>
+const Products<R>* own_products();
+
+} // namespace mlx_deform::cpu

@@ -1,0 +1,236 @@
+// Compiled with -mavx2 -mfma; runs only where own_products() finds these. Like
+// the tile kernels it keeps the standard library's inline functions out.
+
+#include "mlx_ops/cpu/products.h"
+
+namespace mlx_deform::cpu::avx2 {
+
+namespace {
+
+constexpr int vector_bytes = 32;
+
+template <typename R>
+struct VectorOf {
+  typedef R type __attribute__((vector_size(vector_bytes)));
+  static constexpr int width = vector_bytes / sizeof(R);
+};
+template <typename R>
+using Vector = typename VectorOf<R>::type;
+
+template <typename R>
+constexpr int panel_width = 2 * VectorOf<R>::width;
+
+// 6 rows by 2 vectors: 12 sums, 2 vectors of b and one of a fill the registers.
+constexpr int strip_rows = 6;
+
+template <typename R>
+static inline Vector<R> load(const R* p) {
+  Vector<R> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <typename R>
+static inline void store(R* p, Vector<R> v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// A tile of c, `rows` by one panel. Element (r, i) of a is
+// a[r * row_step + i * k_step].
+template <int rows, typename R>
+void tile(
+    int64_t k,
+    const R* a,
+    int64_t row_step,
+    int64_t k_step,
+    const R* b,
+    int64_t ldb,
+    R* c,
+    int64_t ldc,
+    bool accumulate) {
+  constexpr int width = VectorOf<R>::width;
+  Vector<R> sum[rows][2];
+  for (int r = 0; r < rows; ++r) {
+    sum[r][0] = accumulate ? load(c + r * ldc) : Vector<R>{};
+    sum[r][1] = accumulate ? load(c + r * ldc + width) : Vector<R>{};
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    const Vector<R> b0 = load(b);
+    const Vector<R> b1 = load(b + width);
+    b += ldb;
+    for (int r = 0; r < rows; ++r) {
+      const Vector<R> x =
+          a[r * row_step] - Vector<R>{}; // the same in all lanes
+      sum[r][0] += x * b0;
+      sum[r][1] += x * b1;
+    }
+    a += k_step;
+  }
+  for (int r = 0; r < rows; ++r) {
+    store(c + r * ldc, sum[r][0]);
+    store(c + r * ldc + width, sum[r][1]);
+  }
+}
+
+template <typename R>
+void tile_of(
+    int rows,
+    int64_t k,
+    const R* a,
+    int64_t row_step,
+    int64_t k_step,
+    const R* b,
+    int64_t ldb,
+    R* c,
+    int64_t ldc,
+    bool accumulate) {
+  switch (rows) {
+#define ROWS(n)                                                  \
+  case n:                                                        \
+    tile<n>(k, a, row_step, k_step, b, ldb, c, ldc, accumulate); \
+    break;
+    ROWS(1)
+    ROWS(2)
+    ROWS(3)
+    ROWS(4)
+    ROWS(5)
+    ROWS(6)
+#undef ROWS
+  }
+}
+
+// All rows of c at one panel, of which `columns` exist.
+template <typename R>
+void panel_of_c(
+    int64_t m,
+    int columns,
+    int64_t k,
+    const R* a,
+    int64_t row_step,
+    int64_t k_step,
+    const R* b,
+    int64_t ldb,
+    R* c,
+    int64_t ldc,
+    bool accumulate) {
+  constexpr int panel = panel_width<R>;
+  for (int64_t r = 0; r < m; r += strip_rows) {
+    const int rows = int(m - r < strip_rows ? m - r : strip_rows);
+    const R* from = a + r * row_step;
+    R* to = c + r * ldc;
+    if (columns == panel) {
+      tile_of(rows, k, from, row_step, k_step, b, ldb, to, ldc, accumulate);
+      continue;
+    }
+    // The last panel may reach beyond c.
+    R part[strip_rows * panel];
+    tile_of(rows, k, from, row_step, k_step, b, ldb, part, panel, false);
+    for (int i = 0; i < rows; ++i) {
+      for (int j = 0; j < columns; ++j) {
+        const R old = accumulate ? to[i * ldc + j] : R(0);
+        to[i * ldc + j] = old + part[i * panel + j];
+      }
+    }
+  }
+}
+
+template <typename R>
+int columns_left(int64_t n, int64_t j) {
+  return int(n - j < panel_width<R> ? n - j : panel_width<R>);
+}
+
+template <typename R>
+void multiply(
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const R* a,
+    int64_t lda,
+    const R* packed,
+    int64_t panel_stride,
+    R* c,
+    int64_t ldc,
+    bool accumulate) {
+  constexpr int panel = panel_width<R>;
+  for (int64_t j = 0; j < n; j += panel) {
+    panel_of_c<R>(
+        m,
+        columns_left<R>(n, j),
+        k,
+        a,
+        lda,
+        1,
+        packed + j / panel * panel_stride,
+        panel,
+        c + j,
+        ldc,
+        accumulate);
+  }
+}
+
+template <typename R>
+void multiply_transposed(
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const R* a,
+    int64_t lda,
+    const R* b,
+    int64_t ldb,
+    R* c,
+    int64_t ldc,
+    bool accumulate) {
+  for (int64_t j = 0; j < n; j += panel_width<R>) {
+    panel_of_c<R>(
+        m,
+        columns_left<R>(n, j),
+        k,
+        a,
+        1,
+        lda,
+        b + j,
+        ldb,
+        c + j,
+        ldc,
+        accumulate);
+  }
+}
+
+template <typename R>
+void pack(
+    const R* b,
+    int64_t row_step,
+    int64_t column_step,
+    int64_t k,
+    int64_t n,
+    R* packed) {
+  constexpr int panel = panel_width<R>;
+  for (int64_t j = 0; j < n; j += panel) {
+    const int columns = columns_left<R>(n, j);
+    for (int64_t i = 0; i < k; ++i) {
+      const R* from = b + i * row_step + j * column_step;
+      for (int q = 0; q < panel; ++q) {
+        packed[q] = q < columns ? from[q * column_step] : R(0);
+      }
+      packed += panel;
+    }
+  }
+}
+
+template <typename R>
+constexpr Products<R> table{
+    panel_width<R>,
+    strip_rows,
+    pack<R>,
+    multiply<R>,
+    multiply_transposed<R>};
+
+} // namespace
+
+extern const Products<float> products_float32;
+extern const Products<double> products_float64;
+
+const Products<float> products_float32 = table<float>;
+const Products<double> products_float64 = table<double>;
+
+} // namespace mlx_deform::cpu::avx2
