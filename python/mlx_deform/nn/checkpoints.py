@@ -1,0 +1,311 @@
+"""PyTorch's checkpoints into MLX's modules: other names, other layouts, the same numbers.
+
+One function per kind of layer says where each parameter stands in a checkpoint; what is read,
+checked and reported is the same for all.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .layers import DeformConv2d, ModulatedDeformConv2d
+
+TAG = "[load_torch_weights]"
+
+# Buffers of PyTorch's that hold no weights.
+IGNORED = ("num_batches_tracked",)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An array of the checkpoint, and how it is laid out there.
+
+    names: what it may be called after the name of its layer; a checkpoint has one of them.
+    shape: PyTorch's.
+    channels_axis: the axis that is MLX's last one; None where the layouts are the same.
+    """
+
+    names: tuple[str, ...]
+    shape: Shape
+    channels_axis: int | None = None
+
+    def to_mlx(self, array: mx.array) -> mx.array:
+        return array if self.channels_axis is None else mx.moveaxis(array, self.channels_axis, -1)
+
+
+# By the name of the parameter in its layer: the arrays that make it, joined along axis 0.
+Sources = dict[str, tuple[Source, ...]]
+
+
+def _convolution(names: tuple[str, ...], shape: Shape) -> Source:
+    """The weight of a convolution: (O, *kernel, I) here, (O, I, *kernel) in PyTorch."""
+    return Source(names, (shape[0], shape[-1], *shape[1:-1]), channels_axis=1)
+
+
+def _transposed_convolution(names: tuple[str, ...], shape: Shape) -> Source:
+    """That of a transposed convolution: (O, *kernel, I) here, (I, O, *kernel) in PyTorch."""
+    return Source(names, (shape[-1], *shape[:-1]), channels_axis=0)
+
+
+# ---------------------------------------------------------------------------
+# Layers
+
+
+def _as_it_is(layer: nn.Module) -> Sources:
+    """The parameters that the module itself holds, with no other layout in PyTorch."""
+    own = tree_flatten(dict(layer), is_leaf=nn.Module.is_module)
+    return {
+        name: (Source((name,), value.shape),)
+        for name, value in own
+        if isinstance(value, mx.array) and not name.startswith("_")
+    }
+
+
+def _conv(layer: nn.Module, weight: Callable = _convolution) -> Sources:
+    return {**_as_it_is(layer), "weight": (weight(("weight",), layer.weight.shape),)}
+
+
+def _modulated_deform_conv2d(layer: ModulatedDeformConv2d, has: Callable[[str], bool]) -> Sources:
+    """mmcv: conv_offset; mps-deform-conv: offset_conv; BiRefNet: three convolutions.
+
+    has: whether the checkpoint has an array of that name for this layer.
+    """
+    weight = _convolution(("weight", "regular_conv.weight"), layer.weight.shape)
+    sources = {"weight": (weight,)}
+    if "bias" in layer:
+        sources["bias"] = (Source(("bias", "regular_conv.bias"), layer.bias.shape),)
+
+    split = layer.mask and has("modulator_conv.weight")
+    for name, build in (("weight", _convolution), ("bias", Source)):
+        channels, *rest = layer.offset_conv[name].shape
+        predictors = ("offset_conv", "conv_offset", "conv_offset_mask")
+        names = tuple(f"{predictor}.{name}" for predictor in predictors)
+        if split:
+            offset = build(names, (channels // 3 * 2, *rest))
+            mask = build((f"modulator_conv.{name}",), (channels // 3, *rest))
+            sources[f"offset_conv.{name}"] = (offset, mask)
+        else:
+            sources[f"offset_conv.{name}"] = (build(names, (channels, *rest)),)
+    return sources
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, DeformConv2d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _sources(layer: nn.Module, has: Callable[[str], bool]) -> Sources:
+    if isinstance(layer, ModulatedDeformConv2d):
+        return _modulated_deform_conv2d(layer, has)
+    if isinstance(layer, CONVOLUTIONS):
+        return _conv(layer)
+    if isinstance(layer, TRANSPOSED_CONVOLUTIONS):
+        return _conv(layer, _transposed_convolution)
+    return _as_it_is(layer)
+
+
+def _walk(value: Any, path: str, torch_path: str) -> Iterator[tuple[nn.Module, str, str]]:
+    """Every module with its name in MLX and in PyTorch, each ending in a dot unless empty."""
+    if isinstance(value, nn.Module):
+        yield value, path, torch_path
+        if isinstance(value, ModulatedDeformConv2d):
+            return  # its offset_conv has names of its own in every checkpoint
+        children = value.children()
+        if isinstance(value, nn.Sequential):  # PyTorch numbers them without "layers"
+            yield from _walk(children["layers"], f"{path}layers.", torch_path)
+            return
+    elif isinstance(value, dict):
+        children = value
+    elif isinstance(value, list | tuple):
+        children = dict(enumerate(value))
+    else:
+        return
+    for name, child in children.items():
+        yield from _walk(child, f"{path}{name}.", f"{torch_path}{name}.")
+
+
+# ---------------------------------------------------------------------------
+# Checkpoints
+
+
+def _to_mlx(name: str, value: Any) -> mx.array:
+    if isinstance(value, mx.array):
+        return value
+    if hasattr(value, "detach"):  # a torch.Tensor, without importing torch
+        value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # not a type of NumPy; float32 holds its values
+            return mx.array(value.float().numpy()).astype(mx.bfloat16)
+        value = value.numpy()
+    if not hasattr(value, "__array__"):
+        raise ValueError(f"{TAG} {name!r} must be an array or a tensor; got {type(value).__name__}")
+    return mx.array(value)
+
+
+def _read(weights: Any) -> Mapping[str, Any]:
+    if isinstance(weights, str | os.PathLike):
+        path = Path(weights)
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"{TAG} a file must be a .safetensors file; got {str(path)!r} (read any other "
+                "with torch.load, and give the state dict)"
+            )
+        if not path.is_file():
+            raise FileNotFoundError(f"{TAG} there is no file {str(path)!r}")
+        try:
+            return mx.load(str(path))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{TAG} a file must hold what its name says; got {str(path)!r}: {error}"
+            ) from None
+    if isinstance(weights, Mapping):
+        return weights
+    raise ValueError(
+        f"{TAG} weights must be a state dict or the path of a .safetensors file; "
+        f"got {type(weights).__name__}"
+    )
+
+
+class _Checkpoint:
+    """The arrays under a prefix, of which it is known which were asked for."""
+
+    def __init__(self, arrays: Mapping[str, Any], prefix: str):
+        self.arrays = arrays
+        self.prefix = prefix if prefix == "" or prefix.endswith(".") else f"{prefix}."
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+
+    def has(self, name: str) -> bool:
+        return self.prefix + name in self.arrays
+
+    def take(self, layer: str, source: Source) -> mx.array | None:
+        names = [self.prefix + layer + name for name in source.names]
+        found = [name for name in names if name in self.arrays]
+        if len(found) > 1:
+            raise ValueError(f"{TAG} a parameter must have one name; got {' and '.join(found)}")
+        if not found:
+            self.missing.append(names[0])
+            return None
+        self.used.add(found[0])
+        array = _to_mlx(found[0], self.arrays[found[0]])
+        if tuple(array.shape) != tuple(source.shape):
+            raise ValueError(
+                f"{TAG} {found[0]!r} must have shape {tuple(source.shape)}; "
+                f"got {tuple(array.shape)}"
+            )
+        return source.to_mlx(array)
+
+    def unexpected(self) -> list[str]:
+        return [
+            name
+            for name in self.arrays
+            if name.startswith(self.prefix)
+            and name not in self.used
+            and name.rsplit(".", 1)[-1] not in IGNORED
+        ]
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:8])
+    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
+
+
+def load_torch_weights(
+    model: nn.Module,
+    weights: Mapping[str, Any] | str | os.PathLike,
+    prefix: str = "",
+    strict: bool = True,
+) -> nn.Module:
+    """Loads a PyTorch checkpoint into a layer, or a model, built with MLX.
+
+    The modules of the model must be named as in PyTorch (the ``layers`` of an
+    :class:`mlx.nn.Sequential` apart, which PyTorch doesn't name). Then
+
+    * :class:`mlx_deform.nn.DeformConv2d` takes the weights of torchvision's and mmcv's
+      ``DeformConv2d``;
+    * :class:`mlx_deform.nn.ModulatedDeformConv2d` takes those of mmcv's
+      ``ModulatedDeformConv2dPack`` (``weight``, ``bias``, ``conv_offset``), of the package
+      mps-deform-conv's ``ModulatedDeformConv2d`` (``weight``, ``bias``, ``offset_conv``), of
+      BiRefNet's ``DeformableConv2d`` (``regular_conv``, ``offset_conv``, ``modulator_conv``;
+      its layer has ``mask_scale=2``), and with ``mask=False`` of mmcv's ``DeformConv2dPack``;
+    * the convolutions of :mod:`mlx.nn`, also the transposed ones, take theirs;
+    * any other array is copied as it is; linear, embedding and normalisation layers need no
+      more. Batch normalisation's ``num_batches_tracked`` is left out.
+
+    Args:
+        model (mlx.nn.Module): The model, or a single layer, that receives the weights.
+        weights (dict, str or path): A state dict, of torch tensors, NumPy or MLX arrays, or the
+            path of a ``.safetensors`` file. Weights are ``(O, I / groups, kH, kW)``, as PyTorch
+            has them. Types are kept; float64 becomes float32.
+        prefix (str): The name of the model in the checkpoint, such as
+            ``"backbone.layer4.0.conv2"``; names without it are left alone. Default: ``""``.
+        strict (bool): If ``True``, every parameter must be in the checkpoint, and every array
+            under the prefix in the model. If ``False``, parameters that the checkpoint lacks
+            stay as they are, and arrays that the model lacks are left out; shapes must fit
+            nevertheless. Default: ``True``.
+
+    Returns:
+        mlx.nn.Module: The model.
+
+    Raises:
+        ValueError: If names are missing or unexpected, or a shape doesn't fit; the message
+            gives them. The model is then unchanged.
+        FileNotFoundError: If there is no such file.
+
+    Example:
+        >>> from mlx_deform.nn import ModulatedDeformConv2d, load_torch_weights
+        >>> layer = ModulatedDeformConv2d(
+        ...     64, 256, kernel_size=7, padding=3, bias=False, mask_scale=2
+        ... )
+        >>> load_torch_weights(  # doctest: +SKIP
+        ...     layer,
+        ...     "birefnet.safetensors",
+        ...     prefix="decoder.decoder_block1.dec_att.aspp_deforms.2.atrous_conv",
+        ... )
+
+    References:
+        The layers of torchvision (``torchvision.ops``), mmcv (``mmcv.ops``), mps-deform-conv
+        and BiRefNet (Zheng et al., "Bilateral Reference for High-Resolution Dichotomous Image
+        Segmentation", arXiv:2401.03407).
+    """
+    checkpoint = _Checkpoint(_read(weights), prefix)
+    loaded: list[tuple[str, mx.array]] = []
+    for layer, path, torch_path in _walk(model, "", ""):
+        sources = _sources(layer, lambda name, at=torch_path: checkpoint.has(at + name))
+        for name, parts in sources.items():
+            arrays = [checkpoint.take(torch_path, part) for part in parts]
+            if all(array is not None for array in arrays):
+                joined = mx.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+                loaded.append((path + name, joined))
+    if strict and (checkpoint.missing or checkpoint.unexpected()):
+        raise ValueError(
+            f"{TAG} names must be those of the model"
+            f"{f' under {prefix!r}' if prefix else ''}; "
+            f"got missing: {_listed(checkpoint.missing)}; "
+            f"unexpected: {_listed(checkpoint.unexpected())}"
+        )
+    _warn_of_mask_scales(model, checkpoint)
+    return model.load_weights(loaded, strict=strict)
+
+
+def _warn_of_mask_scales(model: nn.Module, checkpoint: _Checkpoint) -> None:
+    # BiRefNet's mask reaches 2, which its checkpoints don't say.
+    for layer, _, torch_path in _walk(model, "", ""):
+        if (
+            isinstance(layer, ModulatedDeformConv2d)
+            and checkpoint.has(f"{torch_path}modulator_conv.weight")
+            and layer.mask_scale == 1
+        ):
+            name = f"{checkpoint.prefix}{torch_path}modulator_conv"
+            warnings.warn(
+                f"{TAG} {name} is named as in BiRefNet, whose mask is 2 * sigmoid; "
+                "this layer has mask_scale=1",
+                stacklevel=3,
+            )
