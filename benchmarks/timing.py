@@ -9,6 +9,8 @@ from dataclasses import dataclass
 SETTLE_S = 0.03
 # Shorter calls are repeated until a sample is at least this long.
 SAMPLE_S = 0.01
+# Shorter calls are made once untimed after the pause: into the caches, and threads awake.
+WARM_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,15 @@ def timed(run, count=1):
 class _Entry:
     def __init__(self, run, estimate):
         self.run = run
+        self.warm = estimate < WARM_S
         self.count = max(1, min(1000, math.ceil(SAMPLE_S / max(estimate, 1e-9))))
         self.samples = []
         self.spent = 0.0
 
     def take(self):
         time.sleep(SETTLE_S)
-        if self.count > 1:
-            self.run(1)  # into the caches, and threads awake
+        if self.warm:
+            self.run(1)
         self.samples.append(timed(self.run, self.count))
         self.spent += self.samples[-1] * self.count
 

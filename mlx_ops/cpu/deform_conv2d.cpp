@@ -22,6 +22,9 @@ namespace {
 // the scratch memory small.
 constexpr int64_t packed_bytes_most = 16 << 20;
 
+// Nor are partial sums of a weight's gradient taken beyond this, all together.
+constexpr int64_t partial_bytes_most = 16 << 20;
+
 // Room after a row of columns for a product that reads whole panels.
 constexpr int64_t panel_room = 16;
 
@@ -128,9 +131,10 @@ void forward(
           packed + i / panels * packed_group + o * row);
     });
   }
-  // Our own products take a strip of pixels at a time, so few that their
-  // columns stay in the first-level cache; BLAS wants a whole tile.
-  const int64_t strip = own ? own->strip : tile;
+  // Our own products take two strips of pixels at a time, so few that their
+  // columns stay close, yet enough to use a panel of the weight twice; BLAS
+  // wants a whole tile.
+  const int64_t strip = own ? 2 * own->strip : tile;
 
   session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {
     const int64_t begin = i * tile;
@@ -230,7 +234,7 @@ void weight_vjp(
       std::min(
           {ceil_div(tasks_wanted, count),
            tiles,
-           2 * chunk_bytes / int64_t(size * sizeof(R))}));
+           partial_bytes_most / int64_t(size * sizeof(R))}));
   const int64_t split_pixels =
       round_up(ceil_div(source.pixels(), most_splits), tile_pixels);
   const int64_t splits = ceil_div(source.pixels(), split_pixels);

@@ -22,7 +22,8 @@ namespace mlx_deform::cpu {
 constexpr int64_t block_width = 512;
 constexpr int64_t tile_pixels = 256;
 // Bytes of column cotangents (and their samples) between two passes.
-constexpr int64_t chunk_bytes = 8 << 20;
+constexpr int64_t chunk_bytes = 4 << 20;
+constexpr int64_t chunk_tile_pixels = 64;
 // Channel ranges that workers write side by side start on cache lines.
 constexpr int channel_step = 16;
 
@@ -206,7 +207,7 @@ void sampling_vjp(
   const int64_t pixel_bytes =
       step * (p.C * sizeof(R) + p.DG * sizeof(Sample<R>));
   const int64_t tile =
-      std::min(pixels_per_tile(source.pixels()), tile_pixels / 2);
+      std::min(pixels_per_tile(source.pixels()), chunk_tile_pixels);
   const int64_t chunk =
       round_up(std::max<int64_t>(1, chunk_bytes / pixel_bytes), tile);
   const int parts = static_cast<int>(
