@@ -7,6 +7,7 @@ set(MLX_DEFORM_CORE_SOURCES
     mlx_ops/deform_im2col.cpp
     mlx_ops/deform_im2col_transforms.cpp
     mlx_ops/offset_tangent.cpp
+    mlx_ops/portable.cpp
     mlx_ops/cpu/deform_conv2d.cpp
     mlx_ops/cpu/deform_im2col.cpp
     mlx_ops/cpu/gemm.cpp

@@ -4,6 +4,7 @@
 
 #include "mlx/ops.h"
 #include "mlx_ops/dtypes.h"
+#include "mlx_ops/portable.h"
 
 namespace mlx_deform {
 
@@ -50,6 +51,18 @@ mx::array deform_conv2d(
       shape_of(mask));
   const CallTypes types = call_types(values, plans);
   check_device(tag, types.storage, stream);
+
+  if (portable()) {
+    const mx::array out = portable_conv2d(
+        p,
+        mx::astype(input, types.storage, stream),
+        mx::astype(offset, types.compute, stream),
+        weight,
+        bias,
+        mask,
+        stream);
+    return mx::astype(out, types.result, stream);
+  }
 
   // The CPU multiplies in the compute type, a GPU's matrix units take halves.
   const mx::Dtype weight_type =

@@ -6,7 +6,7 @@
 #include "mlx/ops.h"
 #include "mlx/transforms.h"
 #include "mlx_ops/batching.h"
-#include "mlx_ops/linear_transpose.h"
+#include "mlx_ops/higher_derivatives.h"
 #include "mlx_ops/offset_tangent.h"
 
 namespace mlx_deform {
@@ -101,16 +101,11 @@ std::vector<mx::array> DeformConv2d::jvp(
   return {mx::astype(*out, primals[0].dtype(), s)};
 }
 
-// The gradients g are those of L = <u, f(x, o, w, m)> with the cotangent u.
-// Paired with cotangents v of their own, <v, g> is the derivative of L along v,
-// that is <u, D_v f>. So its gradient in u is D_v f, and the others are the VJP
-// of D_v f with the cotangent u.
 std::vector<mx::array> DeformConv2dVJP::vjp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& cotangents,
     const std::vector<int>& argnums,
     const std::vector<mx::array>&) {
-  const mx::Stream s = stream();
   size_t next = 0;
   const auto take = [&](bool is_wanted) {
     return is_wanted ? Optional(cotangents[next++]) : std::nullopt;
@@ -122,57 +117,27 @@ std::vector<mx::array> DeformConv2dVJP::vjp(
   direction.mask = take(wanted_.mask);
 
   constexpr int cotangent_index = 3;
-  std::vector<int> varied; // the arguments of f among argnums
-  for (int index : argnums) {
-    if (index != cotangent_index) {
-      varied.push_back(index);
-    }
-  }
-  const auto derivative = [&](const std::vector<mx::array>& values) {
-    std::vector<mx::array> all = primals;
-    for (size_t i = 0; i < varied.size(); ++i) {
-      all[varied[i]] = values[i];
-    }
-    const Arguments at{
-        all[0], all[1], all[2], has_mask_ ? Optional(all[4]) : std::nullopt};
-    return std::vector<mx::array>{
-        *directional_derivative(geometry_, at, direction, s)};
-  };
-  std::vector<mx::array> values;
-  for (int index : varied) {
-    values.push_back(primals[index]);
-  }
-  const mx::array cotangent =
-      mx::astype(primals[cotangent_index], primals[1].dtype(), s);
-  const std::vector<mx::array> gradients = varied.empty()
-      ? std::vector<mx::array>{}
-      : mx::vjp(derivative, values, {cotangent}).second;
-
-  std::vector<mx::array> out;
-  next = 0;
-  for (int index : argnums) {
-    out.push_back(
-        index == cotangent_index
-            ? mx::astype(
-                  derivative(values)[0], primals[cotangent_index].dtype(), s)
-            : gradients[next++]);
-  }
-  return out;
+  return vjp_of_vjp(
+      [&](const Arrays& at) {
+        const Optional mask = has_mask_ ? Optional(at[4]) : std::nullopt;
+        return *directional_derivative(
+            geometry_, {at[0], at[1], at[2], mask}, direction, stream());
+      },
+      primals,
+      cotangent_index,
+      argnums,
+      primals[1].dtype(),
+      stream());
 }
 
 std::vector<mx::array> DeformConv2dVJP::jvp(
     const std::vector<mx::array>& primals,
     const std::vector<mx::array>& tangents,
     const std::vector<int>& argnums) {
-  std::vector<mx::array> outputs;
-  for (const mx::Shape& shape : output_shapes(primals)) {
-    outputs.push_back(mx::zeros(shape, primals[1].dtype(), stream()));
-  }
   return jvp_from_vjp(
-      [&](const std::vector<mx::array>& v) {
-        return vjp(primals, v, argnums, outputs);
-      },
-      outputs,
+      [&](const Arrays& v) { return vjp(primals, v, argnums, {}); },
+      output_shapes(primals),
+      primals[1].dtype(),
       tangents,
       stream());
 }

@@ -4,6 +4,7 @@
 
 #include "mlx/ops.h"
 #include "mlx_ops/dtypes.h"
+#include "mlx_ops/portable.h"
 
 namespace mlx_deform {
 
@@ -38,6 +39,16 @@ mx::array deform_im2col(
       mask ? std::optional(mask->shape()) : std::nullopt);
   const CallTypes types = call_types({input}, plans);
   check_device(tag, types.storage, stream);
+
+  if (portable()) {
+    const mx::array out = portable_im2col(
+        p,
+        mx::astype(input, types.storage, stream),
+        mx::astype(offset, types.compute, stream),
+        mask,
+        stream);
+    return mx::astype(out, types.result, stream);
+  }
 
   std::vector<mx::array> inputs{
       as_operand(input, types.storage, stream),

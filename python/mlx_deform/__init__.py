@@ -1,5 +1,6 @@
 """Deformable convolution (DCNv1, DCNv2) as a native MLX op with gradients."""
 
+import contextlib
 import importlib.metadata
 
 import mlx.core as _mx
@@ -21,6 +22,26 @@ def _check_mlx_version(found: str) -> None:
 
 _check_mlx_version(_mx.__version__)
 
-from ._ext import deform_conv2d, deform_im2col  # noqa: E402
+from ._ext import _set_portable, deform_conv2d, deform_im2col  # noqa: E402
 
-__all__ = ["__version__", "deform_conv2d", "deform_im2col"]
+
+@contextlib.contextmanager
+def portable():
+    """Build the ops of MLX's own primitives, on this thread and inside the ``with`` block.
+
+    ``mx.export_function`` writes MLX's own primitives only. A function exported inside the
+    block runs wherever MLX does, without this package; it is slower there, and its memory
+    holds the columns whole. Values and gradients are the same up to rounding.
+
+    Example:
+      >>> with mlx_deform.portable():
+      ...     mx.export_function("model.mlxfn", model, x)
+    """
+    earlier = _set_portable(True)
+    try:
+        yield
+    finally:
+        _set_portable(earlier)
+
+
+__all__ = ["__version__", "deform_conv2d", "deform_im2col", "portable"]

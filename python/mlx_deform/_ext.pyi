@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 import mlx.core
 
+def _set_portable(value: bool) -> bool: ...
 def deform_conv2d(
     input: mlx.core.array,
     offset: mlx.core.array,

@@ -3,6 +3,8 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "mlx_ops/portable.h"
+
 mlx_deform::Pair to_pair(
     const std::string& tag,
     const std::string& name,
@@ -35,9 +37,17 @@ mlx_deform::Geometry to_geometry(
       to_pair(tag, "dilation", dilation)};
 }
 
+using namespace nb::literals;
+
 NB_MODULE(_ext, m) {
   m.doc() = "Deformable convolution for MLX: the compiled ops.";
   init_deform_conv2d(m);
   init_deform_im2col(m);
   init_dispatch(m);
+  m.def(
+      "_set_portable",
+      &mlx_deform::set_portable,
+      "value"_a,
+      "Builds this thread's ops of MLX's own primitives; returns the earlier "
+      "setting.");
 }
