@@ -7,6 +7,7 @@
 
 #include "mlx/dtype.h"
 #include "mlx/utils.h"
+#include "mlx_ops/gpu/kernels.h"
 
 namespace mlx_deform {
 
@@ -248,7 +249,16 @@ void check_device(
     const std::string& tag,
     const mx::Dtype& dtype,
     const mx::Stream& stream) {
-  if (dtype == mx::float64 && stream.device == mx::Device::gpu) {
+  if (stream.device == mx::Device::cpu) {
+    return;
+  }
+  if (!gpu::available()) {
+    throw std::invalid_argument(
+        "[" + tag +
+        "] stream must be on the CPU, the only device that this build of "
+        "mlx_deform has kernels for (pass stream=mx.cpu); got a GPU stream");
+  }
+  if (dtype == mx::float64) {
     throw std::invalid_argument(
         "[" + tag +
         "] float64 arrays need a CPU stream (pass stream=mx.cpu); got a GPU "

@@ -50,7 +50,7 @@ void check_floating(
     const std::string& name,
     const mx::array& x);
 
-// float64 exists on the CPU only.
+// The stream's device must have kernels, and float64 exists on the CPU only.
 void check_device(
     const std::string& tag,
     const mx::Dtype& dtype,

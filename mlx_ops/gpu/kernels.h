@@ -65,6 +65,9 @@ void zero_fill(mx::array& out, mx::Stream stream);
 // Holds an array until the stream has run what is encoded so far.
 void keep(const mx::array& x, mx::Stream stream);
 
+// Whether this build has kernels for a GPU.
+bool available();
+
 // Whether the CPU takes the GPU's route too, for tests where there is no GPU.
 bool stands_in_on_cpu();
 

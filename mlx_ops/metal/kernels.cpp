@@ -196,6 +196,10 @@ void keep(const mx::array& x, mx::Stream stream) {
           [data = x.data_shared_ptr()](MTL::CommandBuffer*) {});
 }
 
+bool available() {
+  return true;
+}
+
 bool stands_in_on_cpu() {
   return false;
 }
