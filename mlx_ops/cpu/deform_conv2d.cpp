@@ -35,8 +35,8 @@ int64_t weight_column(const DeformConv2dParams& p, const Block& block, int g) {
       std::max(block.channel_begin - g * group, 0);
 }
 
-// Calls f(g, columns, width) for every weight group of a sampled block, whose
-// pixels are pixel_stride apart.
+// Calls f(g, columns, width, pixel_stride) for every weight group of a sampled
+// block: the group's columns, how many, and how far apart its pixels lie.
 template <typename R, typename F>
 void for_each_group(
     const DeformConv2dParams& p,
