@@ -11,9 +11,9 @@ import textwrap
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_deform._ext
 
 import mlx_deform
+import mlx_deform._ext
 
 EXTENSION = Path(mlx_deform._ext.__file__)
 
