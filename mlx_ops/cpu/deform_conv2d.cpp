@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx_ops/arrays.h"
 #include "mlx_ops/cpu/gemm.h"
 #include "mlx_ops/cpu/products.h"
 #include "mlx_ops/cpu/tiles.h"
@@ -411,18 +411,11 @@ void DeformConv2d::eval_cpu(
     return eval_gpu(inputs, outputs);
   }
   const DeformConv2dParams p = params(inputs);
-  mx::array& out = outputs[0];
-  out.set_data(mx::allocator::malloc(out.nbytes()));
-  // The arrays outlive the task: MLX keeps a primitive's inputs and outputs
-  // until its stream is past them.
-  std::vector<mx::array> in;
-  for (const auto& x : inputs) {
-    in.push_back(mx::array::unsafe_weak_copy(x));
-  }
+  allocate(outputs);
   mx::cpu::get_command_encoder(stream()).dispatch(
       [p,
-       in = std::move(in),
-       out = mx::array::unsafe_weak_copy(out),
+       in = weak_copies(inputs),
+       out = mx::array::unsafe_weak_copy(outputs[0]),
        bias_at = has_bias_ ? bias_index() : -1,
        mask_at = has_mask_ ? mask_index() : -1]() mutable {
         cpu::dispatch_types(out.dtype(), [&]<typename T, typename R>() {
@@ -444,18 +437,10 @@ void DeformConv2dVJP::eval_cpu(
     return eval_gpu(inputs, outputs);
   }
   const DeformConv2dParams p = params(inputs);
-  std::vector<mx::array> in;
-  for (const auto& x : inputs) {
-    in.push_back(mx::array::unsafe_weak_copy(x));
-  }
-  std::vector<mx::array> out;
-  for (auto& x : outputs) {
-    x.set_data(mx::allocator::malloc(x.nbytes()));
-    out.push_back(mx::array::unsafe_weak_copy(x));
-  }
+  allocate(outputs);
   mx::cpu::get_command_encoder(stream()).dispatch([p,
-                                                   in = std::move(in),
-                                                   out = std::move(out),
+                                                   in = weak_copies(inputs),
+                                                   out = weak_copies(outputs),
                                                    has_mask = has_mask_,
                                                    wanted = wanted_]() mutable {
     cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {

@@ -1,39 +1,21 @@
 // Compiled with -mavx2 -mfma; runs only where own_products() finds these. Like
 // the tile kernels it keeps the standard library's inline functions out.
 
+#define MLX_DEFORM_ISA avx2
+#define MLX_DEFORM_VECTOR_BYTES 32
+
 #include "mlx_ops/cpu/products.h"
+#include "mlx_ops/cpu/vector.h"
 
 namespace mlx_deform::cpu::avx2 {
 
 namespace {
-
-constexpr int vector_bytes = 32;
-
-template <typename R>
-struct VectorOf {
-  typedef R type __attribute__((vector_size(vector_bytes)));
-  static constexpr int width = vector_bytes / sizeof(R);
-};
-template <typename R>
-using Vector = typename VectorOf<R>::type;
 
 template <typename R>
 constexpr int panel_width = 2 * VectorOf<R>::width;
 
 // 6 rows by 2 vectors: 12 sums, 2 vectors of b and one of a fill the registers.
 constexpr int strip_rows = 6;
-
-template <typename R>
-static inline Vector<R> load(const R* p) {
-  Vector<R> v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-template <typename R>
-static inline void store(R* p, Vector<R> v) {
-  __builtin_memcpy(p, &v, sizeof(v));
-}
 
 // A tile of c, `rows` by one panel. Element (r, i) of a is
 // a[r * row_step + i * k_step].

@@ -42,8 +42,11 @@ bool use_own_products() {
   return use;
 }
 #define CHOOSE(table) return use_avx2() ? avx2::table : baseline::table
+#define CHOOSE_PRODUCTS(table) \
+  return use_own_products() ? &avx2::table : nullptr
 #else
 #define CHOOSE(table) return baseline::table
+#define CHOOSE_PRODUCTS(table) return nullptr
 #endif
 
 } // namespace
@@ -65,24 +68,13 @@ const TileKernels<BFloat16, float>& tile_kernels() {
   CHOOSE(kernels_bfloat16);
 }
 
-#if defined(__x86_64__)
 template <>
 const Products<float>* own_products() {
-  return use_own_products() ? &avx2::products_float32 : nullptr;
+  CHOOSE_PRODUCTS(products_float32);
 }
 template <>
 const Products<double>* own_products() {
-  return use_own_products() ? &avx2::products_float64 : nullptr;
+  CHOOSE_PRODUCTS(products_float64);
 }
-#else
-template <>
-const Products<float>* own_products() {
-  return nullptr;
-}
-template <>
-const Products<double>* own_products() {
-  return nullptr;
-}
-#endif
 
 } // namespace mlx_deform::cpu

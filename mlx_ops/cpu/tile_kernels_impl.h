@@ -3,6 +3,7 @@
 // Everything here has internal linkage or lives in that namespace.
 
 #include "mlx_ops/cpu/tile_kernels.h"
+#include "mlx_ops/cpu/vector.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -11,14 +12,6 @@
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
-
-template <typename R>
-struct VectorOf {
-  typedef R type __attribute__((vector_size(MLX_DEFORM_VECTOR_BYTES)));
-  static constexpr int width = MLX_DEFORM_VECTOR_BYTES / sizeof(R);
-};
-template <typename R>
-using Vector = typename VectorOf<R>::type;
 
 // ---- loads and stores: storage type T, arithmetic type R
 
@@ -90,12 +83,6 @@ static inline void store_one(Float16* p, float x) {
 #endif
 }
 
-template <typename R>
-static inline Vector<R> load(const R* p) {
-  Vector<R> v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
 static inline Vector<float> load(const BFloat16* p) {
   typedef uint16_t Bits
       __attribute__((vector_size(MLX_DEFORM_VECTOR_BYTES / 2)));
@@ -117,11 +104,6 @@ static inline Vector<float> load(const Float16* p) {
   }
   return v;
 #endif
-}
-
-template <typename R>
-static inline void store(R* p, Vector<R> v) {
-  __builtin_memcpy(p, &v, sizeof(v));
 }
 
 // The lanes' sum, always in the same order.

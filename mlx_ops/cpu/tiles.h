@@ -6,12 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <type_traits>
 #include <vector>
 
 #include "mlx/array.h"
-#include "mlx/types/half_types.h"
 #include "mlx_ops/checks.h"
 #include "mlx_ops/cpu/thread_pool.h"
 #include "mlx_ops/cpu/tile_kernels.h"

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <optional>
 
-#include "mlx/allocator.h"
 #include "mlx/ops.h"
+#include "mlx_ops/arrays.h"
 #include "mlx_ops/gpu/dispatch.h"
 #include "mlx_ops/gpu/kernels.h"
 
@@ -38,10 +38,6 @@ void run_now(const mx::array& x, mx::Stream stream) {
   }
   keep(x, stream);
   x.set_status(mx::array::Status::evaluated);
-}
-
-void allocate(mx::array& x) {
-  x.set_data(mx::allocator::malloc(x.nbytes()));
 }
 
 // `shape` elements of the buffer of `x`, from element `offset` on.
@@ -142,21 +138,21 @@ void forward(
   const mx::array buffer = products.column_buffer();
   const mx::array kernel = swapped(products.weight_groups(weight), stream);
 
+  std::optional<mx::array> shift; // the bias, as the products broadcast it
+  if (bias) {
+    shift = mx::reshape(
+        mx::astype(*bias, input.dtype(), stream),
+        {p.G, 1, products.out},
+        stream);
+  }
+
   std::vector<mx::array> parts; // (pixels, G, O / G) of each chunk
   for (const Chunk& chunk : products.chunks) {
     mx::array columns = products.columns_at(buffer, chunk);
     im2col(products.at(chunk), input, offset, mask, columns, stream);
-    mx::array part = bias ? mx::addmm(
-                                mx::reshape(
-                                    mx::astype(*bias, input.dtype(), stream),
-                                    {p.G, 1, products.out},
-                                    stream),
-                                columns,
-                                kernel,
-                                1.0f,
-                                1.0f,
-                                stream)
-                          : mx::matmul(columns, kernel, stream);
+    const mx::array part = shift
+        ? mx::addmm(*shift, columns, kernel, 1.0f, 1.0f, stream)
+        : mx::matmul(columns, kernel, stream);
     run_now(part, stream);
     parts.push_back(mx::swapaxes(part, 0, 1, stream));
   }
@@ -184,7 +180,7 @@ mx::array column_cotangent(
     const mx::array& cotangent,
     const mx::array& rows,
     const mx::array& kernel,
-    mx::array& columns) {
+    std::optional<mx::array>& columns) {
   if (products.chunks.size() == 1) {
     const mx::array product = mx::matmul(rows, kernel, products.stream);
     run_now(product, products.stream);
@@ -194,8 +190,8 @@ mx::array column_cotangent(
   // its buffers until it has run: all columns at once. This product goes into
   // the buffer that all chunks share.
   column_product(
-      products.at(chunk), cotangent, kernel, columns, products.stream);
-  return columns;
+      products.at(chunk), cotangent, kernel, *columns, products.stream);
+  return *columns;
 }
 
 void backward(
@@ -225,9 +221,14 @@ void backward(
   }
   const bool wants_columns =
       gradients.input || gradients.offset || gradients.mask;
-  const mx::array buffer = products.column_buffer();
   const mx::array kernel = products.weight_groups(weight);
   run_now(kernel, stream);
+  // A single chunk needs it for the weight's gradient alone: MLX's matmul makes
+  // the columns' cotangents then.
+  std::optional<mx::array> buffer;
+  if (gradients.weight || products.chunks.size() > 1) {
+    buffer = products.column_buffer();
+  }
   std::optional<mx::array> weight_sum;
 
   for (const Chunk& chunk : products.chunks) {
@@ -239,12 +240,15 @@ void backward(
         {p.G, n, products.out},
         {products.out, p.O, 1},
         chunk.pixel_begin * p.O);
-    mx::array columns = products.columns_at(buffer, chunk);
+    std::optional<mx::array> columns;
+    if (buffer) {
+      columns = products.columns_at(*buffer, chunk);
+    }
     if (gradients.weight) {
-      im2col(q, input, offset, mask, columns, stream);
+      im2col(q, input, offset, mask, *columns, stream);
       // Summed in float32, as are the other gradients.
       const mx::array part = mx::astype(
-          mx::matmul(swapped(rows, stream), columns, stream),
+          mx::matmul(swapped(rows, stream), *columns, stream),
           gradients.weight->dtype(),
           stream);
       weight_sum = weight_sum ? mx::add(*weight_sum, part, stream) : part;

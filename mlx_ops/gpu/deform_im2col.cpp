@@ -1,6 +1,6 @@
 #include "mlx_ops/deform_im2col.h"
 
-#include "mlx/allocator.h"
+#include "mlx_ops/arrays.h"
 #include "mlx_ops/gpu/kernels.h"
 
 namespace mlx_deform {
@@ -9,7 +9,7 @@ void DeformIm2col::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   mx::array& columns = outputs[0];
-  columns.set_data(mx::allocator::malloc(columns.nbytes()));
+  allocate(columns);
   gpu::im2col(
       params(inputs),
       inputs[0],
@@ -22,9 +22,7 @@ void DeformIm2col::eval_gpu(
 void DeformIm2colVJP::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  for (mx::array& x : outputs) {
-    x.set_data(mx::allocator::malloc(x.nbytes()));
-  }
+  allocate(outputs);
   size_t next = 0;
   const auto take = [&](bool wanted) {
     return wanted ? &outputs[next++] : nullptr;
