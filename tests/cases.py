@@ -146,8 +146,8 @@ def random_arrays(config, seed, grid=OFFSET_GRID):
 
 
 # Shapes that make an implementation cut its work up: many tiles of pixels and a last one
-# that is not full, many channels, sums over more pixels than fit in a cache, and weight
-# groups too small for a vector.
+# that is not full, many channels, sums over more pixels than fit in a cache, weight groups
+# too small for a vector, and channels that are groups by themselves.
 LARGE = Config(
     N=3,
     H=25,
@@ -167,6 +167,8 @@ MANY_PIXELS = LARGE.but(H=73, W=71, C=2, O=3, G=1, DG=2)
 MANY_CHANNELS = LARGE.but(N=2, H=5, W=7, C=1300, O=6, kH=2, kW=3, G=1, DG=4)
 MANY_CHANNELS_PER_GROUP = MANY_CHANNELS.but(C=1206, G=2, DG=3)
 MANY_GROUPS = LARGE.but(H=11, C=84, O=42, G=42, DG=4)
+DEPTHWISE = LARGE.but(H=11, C=84, O=84, G=84, DG=4)
+DEPTHWISE_MULTIPLIED = DEPTHWISE.but(C=21, O=63, G=21, DG=3)
 MANY_OUTPUTS = LARGE.but(N=1, H=9, C=6, O=700, kH=1, kW=2, DG=1)
 TILINGS = {
     "large": LARGE,
@@ -174,5 +176,7 @@ TILINGS = {
     "many-channels": MANY_CHANNELS,
     "many-channels-per-group": MANY_CHANNELS_PER_GROUP,
     "many-groups": MANY_GROUPS,
+    "depthwise": DEPTHWISE,
+    "depthwise-multiplied": DEPTHWISE_MULTIPLIED,
     "many-outputs": MANY_OUTPUTS,
 }

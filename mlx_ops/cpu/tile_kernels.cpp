@@ -1,4 +1,5 @@
 #include "mlx_ops/cpu/tile_kernels.h"
+#include "mlx_ops/cpu/depthwise.h"
 #include "mlx_ops/cpu/products.h"
 
 #include <cstdlib>
@@ -12,6 +13,8 @@ namespace mlx_deform::cpu {
   extern const TileKernels<double, double> kernels_float64;   \
   extern const TileKernels<Float16, float> kernels_float16;   \
   extern const TileKernels<BFloat16, float> kernels_bfloat16; \
+  extern const DepthwiseKernels<float> depthwise_float32;     \
+  extern const DepthwiseKernels<double> depthwise_float64;    \
   }
 
 DECLARE(baseline)
@@ -66,6 +69,15 @@ const TileKernels<Float16, float>& tile_kernels() {
 template <>
 const TileKernels<BFloat16, float>& tile_kernels() {
   CHOOSE(kernels_bfloat16);
+}
+
+template <>
+const DepthwiseKernels<float>& depthwise_kernels() {
+  CHOOSE(depthwise_float32);
+}
+template <>
+const DepthwiseKernels<double>& depthwise_kernels() {
+  CHOOSE(depthwise_float64);
 }
 
 template <>

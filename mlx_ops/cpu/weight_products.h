@@ -1,0 +1,429 @@
+// The three products of a convolution, block by block: columns with the weight,
+// its cotangent with the weight, and both to the weight's gradient. Each by the
+// fastest way that the problem and this machine allow: our own products on a
+// packed weight, BLAS, or sums along the channels for a depthwise weight.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "mlx_ops/cpu/depthwise.h"
+#include "mlx_ops/cpu/gemm.h"
+#include "mlx_ops/cpu/products.h"
+#include "mlx_ops/cpu/thread_pool.h"
+#include "mlx_ops/cpu/tiles.h"
+
+namespace mlx_deform::cpu {
+
+// Weights beyond this are not packed: they would no longer stay in cache, nor
+// the scratch memory small.
+constexpr int64_t packed_bytes_most = 16 << 20;
+
+// Room after a row of columns for a product that reads whole panels.
+constexpr int64_t panel_room = 16;
+
+// What the products know of a weight (O, kH, kW, C / G).
+struct WeightShape {
+  int groups;
+  int in; // channels of a group
+  int out;
+  int taps;
+  int64_t row; // elements of an output channel
+  int64_t size;
+
+  explicit WeightShape(const DeformConv2dParams& p)
+      : groups(p.G),
+        in(p.C / p.G),
+        out(p.O / p.G),
+        taps(p.kH * p.kW),
+        row(int64_t(taps) * in),
+        size(p.O * row) {}
+
+  bool depthwise() const {
+    return in == 1;
+  }
+
+  // Where a block's columns of group g lie in a row.
+  int64_t column(const Block& block, int g) const {
+    return int64_t(block.tap_begin) * in +
+        std::max(block.channel_begin - g * in, 0);
+  }
+};
+
+// Our own products where this machine has them, a panel of `columns` columns is
+// reasonably full, and the packed weight is small; else null, for BLAS. Depends
+// on the problem and the machine alone.
+template <typename R>
+const Products<R>* products_for(int64_t columns, int64_t packed) {
+  const Products<R>* own = own_products<R>();
+  return own && 2 * columns >= own->panel &&
+          packed * int64_t(sizeof(R)) <= packed_bytes_most
+      ? own
+      : nullptr;
+}
+
+// Calls f(g, columns, width, pixel_stride) for every weight group of a sampled
+// block: the group's columns, how many, and how far apart its pixels lie.
+template <typename R, typename F>
+void for_each_group(
+    const WeightShape& shape,
+    const Block& block,
+    const R* columns,
+    int64_t pixel_stride,
+    Worker& worker,
+    const F& f) {
+  const int first = block.channel_begin / shape.in;
+  const int last = static_cast<int>(ceil_div(block.channel_end, shape.in));
+  if (last - first == 1) {
+    f(first, columns, block.width(), pixel_stride);
+    return;
+  }
+  // Several groups were sampled together: copy out one after the other.
+  const int64_t width = int64_t(block.taps()) * shape.in;
+  const int64_t stride = width + (pixel_stride - block.width());
+  R* part = worker.groups.get<R>(block.pixels() * stride + panel_room);
+  for (int g = first; g < last; ++g) {
+    for (int64_t q = 0; q < block.pixels(); ++q) {
+      const R* from =
+          columns + q * pixel_stride + g * shape.in - block.channel_begin;
+      for (int k = 0; k < block.taps(); ++k) {
+        std::copy_n(
+            from + k * block.channels(),
+            shape.in,
+            part + q * stride + k * shape.in);
+      }
+    }
+    f(g, part, width, stride);
+  }
+}
+
+// The weight as the depthwise kernels take it, and back.
+template <typename R>
+void transpose_depthwise(
+    const DeformConv2dParams& p,
+    const R* weight, // [C][O / C][taps]
+    R* out) { // [O / C][taps][C]
+  const int64_t row = p.O / p.C * int64_t(p.kH) * p.kW;
+  for (int64_t i = 0; i < row; ++i) {
+    for (int c = 0; c < p.C; ++c) {
+      out[i * p.C + c] = weight[c * row + i];
+    }
+  }
+}
+
+template <typename R>
+void transpose_depthwise_back(
+    const DeformConv2dParams& p,
+    const R* grad, // [O / C][taps][C]
+    R* out) { // [C][O / C][taps]
+  const int64_t row = p.O / p.C * int64_t(p.kH) * p.kW;
+  for (int64_t i = 0; i < row; ++i) {
+    for (int c = 0; c < p.C; ++c) {
+      out[c * row + i] = grad[i * p.C + c];
+    }
+  }
+}
+
+// output = columns * weight
+template <typename R>
+class ForwardProduct {
+ public:
+  ForwardProduct(
+      ThreadPool::Session& session,
+      const DeformConv2dParams& p,
+      const R* weight)
+      : params_(p),
+        shape_(p),
+        own_(products_for<R>(shape_.out, shape_.size)),
+        weight_(weight) {
+    if (shape_.depthwise()) {
+      R* packed = session.packed_weight().get<R>(shape_.size);
+      transpose_depthwise(p, weight, packed);
+      weight_ = packed;
+    } else if (own_) {
+      weight_ = pack(session);
+    }
+  }
+
+  // How many pixels to sample between two products: so few that their columns
+  // stay close, yet enough to use a panel of the weight twice; BLAS wants a
+  // whole tile.
+  int64_t pixels_at_once(int64_t tile) const {
+    return shape_.depthwise() ? depthwise_pixels
+        : own_                ? 2 * own_->strip
+                              : tile;
+  }
+
+  // Adds to the rows (O) of the block's pixels, or sets them where nothing came
+  // before: no bias, no other block of the same columns' group.
+  void add(
+      const Block& block,
+      const R* columns,
+      R* rows,
+      bool has_bias,
+      Worker& worker) const {
+    if (shape_.depthwise()) {
+      depthwise_kernels<R>().multiply(
+          params_,
+          block,
+          columns,
+          block.width(),
+          weight_,
+          rows,
+          has_bias || block.tap_begin != 0);
+      return;
+    }
+    for_each_group(
+        shape_,
+        block,
+        columns,
+        block.width(),
+        worker,
+        [&](int g, const R* part, int64_t width, int64_t stride) {
+          const int64_t at = shape_.column(block, g);
+          const bool accumulate = has_bias || at != 0;
+          R* c = rows + g * shape_.out;
+          if (own_) {
+            own_->multiply(
+                block.pixels(),
+                shape_.out,
+                width,
+                part,
+                stride,
+                weight_ + g * packed_group() + at * own_->panel,
+                shape_.row * own_->panel,
+                c,
+                params_.O,
+                accumulate);
+          } else {
+            gemm<R>(
+                Transpose::no,
+                Transpose::yes,
+                block.pixels(),
+                shape_.out,
+                width,
+                part,
+                stride,
+                weight_ + g * shape_.out * shape_.row + at,
+                shape_.row,
+                accumulate ? R(1) : R(0),
+                c,
+                params_.O);
+          }
+        });
+  }
+
+ private:
+  static constexpr int64_t depthwise_pixels = 16;
+
+  int64_t packed_group() const {
+    return own_->packed_size(shape_.row, shape_.out);
+  }
+
+  const R* pack(ThreadPool::Session& session) const {
+    R* packed = session.packed_weight().get<R>(shape_.groups * packed_group());
+    const int64_t panels = ceil_div(shape_.out, own_->panel);
+    session.run(shape_.groups * panels, [&](int64_t i, Worker&) {
+      const int64_t g = i / panels;
+      const int64_t o = i % panels * own_->panel;
+      own_->pack(
+          weight_ + (g * shape_.out + o) * shape_.row,
+          1,
+          shape_.row,
+          shape_.row,
+          std::min<int64_t>(own_->panel, shape_.out - o),
+          packed + g * packed_group() + o * shape_.row);
+    });
+    return packed;
+  }
+
+  const DeformConv2dParams& params_;
+  WeightShape shape_;
+  const Products<R>* own_;
+  const R* weight_; // packed, unless BLAS takes it
+};
+
+// grad_weight = cotangent^T * columns. Sums have the weight's layout, and for a
+// depthwise weight its kernels'.
+template <typename R>
+class WeightGradProduct {
+ public:
+  explicit WeightGradProduct(const DeformConv2dParams& p)
+      : params_(p), shape_(p), own_(products_for<R>(shape_.row, 0)) {}
+
+  const WeightShape& shape() const {
+    return shape_;
+  }
+
+  // The block's columns and the rows (O) of the cotangent at its pixels.
+  void add(
+      const Block& block,
+      const R* columns,
+      int64_t pixel_stride,
+      const R* rows,
+      R* sums,
+      bool accumulate,
+      Worker& worker) const {
+    if (shape_.depthwise()) {
+      depthwise_kernels<R>().weight_grad(
+          params_, block, columns, pixel_stride, rows, sums, accumulate);
+      return;
+    }
+    for_each_group(
+        shape_,
+        block,
+        columns,
+        pixel_stride,
+        worker,
+        [&](int g, const R* part, int64_t width, int64_t stride) {
+          const R* a = rows + g * shape_.out;
+          R* c = sums + g * shape_.out * shape_.row + shape_.column(block, g);
+          if (own_) {
+            own_->multiply_transposed(
+                shape_.out,
+                width,
+                block.pixels(),
+                a,
+                params_.O,
+                part,
+                stride,
+                c,
+                shape_.row,
+                accumulate);
+          } else {
+            gemm<R>(
+                Transpose::yes,
+                Transpose::no,
+                shape_.out,
+                width,
+                block.pixels(),
+                a,
+                params_.O,
+                part,
+                stride,
+                accumulate ? R(1) : R(0),
+                c,
+                shape_.row);
+          }
+        });
+  }
+
+ private:
+  const DeformConv2dParams& params_;
+  WeightShape shape_;
+  const Products<R>* own_;
+};
+
+// cotangent of the columns = cotangent * weight^T
+template <typename R>
+class ColumnCotangentProduct {
+ public:
+  ColumnCotangentProduct(
+      ThreadPool::Session& session,
+      const DeformConv2dParams& p,
+      const R* weight)
+      : params_(p),
+        shape_(p),
+        own_(products_for<R>(shape_.in, shape_.size)),
+        weight_(weight) {
+    if (shape_.depthwise()) {
+      R* packed = session.packed_weight().get<R>(shape_.size);
+      transpose_depthwise(p, weight, packed);
+      weight_ = packed;
+    } else if (own_) {
+      weight_ = pack(session);
+    }
+  }
+
+  // From the rows (O) of the cotangent at the block's pixels, for all channels:
+  // out is [pixels][taps][C].
+  void multiply(const Block& block, const R* rows, R* out, Worker& worker)
+      const {
+    if (shape_.depthwise()) {
+      depthwise_kernels<R>().column_cotangent(
+          params_, block, rows, weight_, out);
+    } else if (own_) {
+      for (int g = 0; g < shape_.groups; ++g) {
+        for (int k = block.tap_begin; k < block.tap_end; ++k) {
+          own_->multiply(
+              block.pixels(),
+              shape_.in,
+              shape_.out,
+              rows + g * shape_.out,
+              params_.O,
+              weight_ + (int64_t(g) * shape_.taps + k) * packed_tap(),
+              int64_t(shape_.out) * own_->panel,
+              out + int64_t(k - block.tap_begin) * params_.C + g * shape_.in,
+              block.width(),
+              false);
+        }
+      }
+    } else {
+      multiply_by_blas(block, rows, out, worker);
+    }
+  }
+
+ private:
+  int64_t packed_tap() const {
+    return own_->packed_size(shape_.out, shape_.in);
+  }
+
+  // The weight of each group and tap, (O / G x C / G), by itself.
+  const R* pack(ThreadPool::Session& session) const {
+    const int64_t count = int64_t(shape_.groups) * shape_.taps;
+    R* packed = session.packed_weight().get<R>(count * packed_tap());
+    session.run(count, [&](int64_t i, Worker&) {
+      const int64_t g = i / shape_.taps;
+      own_->pack(
+          weight_ + g * shape_.out * shape_.row + i % shape_.taps * shape_.in,
+          shape_.row,
+          1,
+          shape_.out,
+          shape_.in,
+          packed + i * packed_tap());
+    });
+    return packed;
+  }
+
+  void multiply_by_blas(
+      const Block& block,
+      const R* rows,
+      R* out,
+      Worker& worker) const {
+    const int64_t width = int64_t(block.taps()) * shape_.in;
+    const bool one_group = shape_.groups == 1;
+    R* part = one_group ? out : worker.groups.get<R>(block.pixels() * width);
+    for (int g = 0; g < shape_.groups; ++g) {
+      gemm<R>(
+          Transpose::no,
+          Transpose::no,
+          block.pixels(),
+          width,
+          shape_.out,
+          rows + g * shape_.out,
+          params_.O,
+          weight_ + g * shape_.out * shape_.row +
+              int64_t(block.tap_begin) * shape_.in,
+          shape_.row,
+          R(0),
+          part,
+          width);
+      if (!one_group) {
+        for (int64_t q = 0; q < block.pixels() * block.taps(); ++q) {
+          std::copy_n(
+              part + q * shape_.in,
+              shape_.in,
+              out + q * params_.C + g * shape_.in);
+        }
+      }
+    }
+  }
+
+  const DeformConv2dParams& params_;
+  WeightShape shape_;
+  const Products<R>* own_;
+  const R* weight_; // packed, unless BLAS takes it
+};
+
+} // namespace mlx_deform::cpu
