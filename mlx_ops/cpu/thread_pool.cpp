@@ -10,11 +10,32 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 namespace mlx_deform::cpu {
 
 namespace {
 
 constexpr size_t cache_line = 64;
+
+// Batches of one call follow within microseconds, and workers finish at about
+// the same time: looking for that a while, some 100 us, is cheaper than
+// sleeping and waking. Not by yielding, which costs a thread its turn where
+// other programs run too.
+template <typename F>
+void spin_until(const F& reached) {
+  constexpr int spins = 10000;
+  for (int i = 0; i < spins && !reached(); ++i) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+  }
+}
 
 int threads_wanted() {
   if (const char* text = std::getenv("MLX_DEFORM_NUM_THREADS")) {
@@ -26,6 +47,36 @@ int threads_wanted() {
   }
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
+
+// Keeps the workers off the CPU that the caller is on. The scheduler may wake a
+// thread beside its waker, though other CPUs idle, and then takes milliseconds
+// to part them: longer than a small convolution.
+class Placement {
+ public:
+  void keep_off_this_cpu(std::vector<std::thread>& threads) {
+#if defined(__linux__)
+    const int cpu = sched_getcpu();
+    if (cpu == avoided_ || cpu < 0 || cpu >= CPU_SETSIZE) {
+      return;
+    }
+    cpu_set_t others;
+    if (sched_getaffinity(0, sizeof(others), &others) != 0) {
+      return;
+    }
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) == 0) {
+      return;
+    }
+    for (auto& thread : threads) {
+      pthread_setaffinity_np(thread.native_handle(), sizeof(others), &others);
+    }
+    avoided_ = cpu;
+#endif
+  }
+
+ private:
+  int avoided_{-1};
+};
 
 } // namespace
 
@@ -55,7 +106,7 @@ struct ThreadPool::State {
   std::condition_variable wake;
   std::condition_variable done;
   uint64_t batch{0};
-  int busy{0};
+  std::atomic<int> busy{0};
   bool stop{false};
   std::exception_ptr error;
   const std::function<void(int64_t, Worker&)>* task{nullptr};
@@ -69,6 +120,7 @@ struct ThreadPool::State {
   Scratch packed_weight;
   std::vector<std::unique_ptr<Worker>> workers; // [0] belongs to the caller
   std::vector<std::thread> threads;
+  Placement placement;
 
   void work(Worker& worker) {
     try {
@@ -85,14 +137,9 @@ struct ThreadPool::State {
   }
 
   void loop(Worker& worker) {
-    // Consecutive batches of one call follow within microseconds; looking for
-    // the next one that long is cheaper than sleeping and waking.
-    constexpr int spins = 2000;
     uint64_t seen = 0;
     for (;;) {
-      for (int i = 0; i < spins && announced.load() == seen; ++i) {
-        std::this_thread::yield();
-      }
+      spin_until([&] { return announced.load() != seen; });
       {
         std::unique_lock lock(mutex);
         wake.wait(lock, [&] { return stop || batch != seen; });
@@ -176,6 +223,7 @@ void ThreadPool::Session::run(
     }
     return;
   }
+  state.placement.keep_off_this_cpu(state.threads);
   {
     std::lock_guard lock(state.mutex);
     state.task = &task;
@@ -188,8 +236,10 @@ void ThreadPool::Session::run(
   }
   state.wake.notify_all();
   state.work(*state.workers[0]);
+  const auto all_done = [&] { return state.busy.load() == 0; };
+  spin_until(all_done);
   std::unique_lock lock(state.mutex);
-  state.done.wait(lock, [&] { return state.busy == 0; });
+  state.done.wait(lock, all_done);
   if (state.error) {
     std::rethrow_exception(state.error);
   }
