@@ -110,8 +110,13 @@ struct ThreadPool::State {
   bool stop{false};
   std::exception_ptr error;
   const std::function<void(int64_t, Worker&)>* task{nullptr};
-  int64_t count{0};
-  std::atomic<int64_t> next{0};
+  // Each worker begins with a share of its own, the neighbours of what it did
+  // in the batch before, which is in its cache; then it helps the others.
+  struct alignas(cache_line) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end{0};
+  };
+  std::vector<Share> shares;
   // What the spinning workers look at before they go to sleep.
   std::atomic<uint64_t> announced{0};
 
@@ -122,13 +127,18 @@ struct ThreadPool::State {
   std::vector<std::thread> threads;
   Placement placement;
 
-  void work(Worker& worker) {
+  void work(size_t self) {
     try {
-      for (int64_t i; (i = next.fetch_add(1)) < count;) {
-        (*task)(i, worker);
+      for (size_t i = 0; i < shares.size(); ++i) {
+        Share& share = shares[(self + i) % shares.size()];
+        for (int64_t j; (j = share.next.fetch_add(1)) < share.end;) {
+          (*task)(j, *workers[self]);
+        }
       }
     } catch (...) {
-      next.store(count);
+      for (Share& share : shares) {
+        share.next.store(share.end);
+      }
       std::lock_guard lock(mutex);
       if (!error) {
         error = std::current_exception();
@@ -136,7 +146,7 @@ struct ThreadPool::State {
     }
   }
 
-  void loop(Worker& worker) {
+  void loop(size_t self) {
     uint64_t seen = 0;
     for (;;) {
       spin_until([&] { return announced.load() != seen; });
@@ -148,7 +158,7 @@ struct ThreadPool::State {
         }
         seen = batch;
       }
-      work(worker);
+      work(self);
       std::lock_guard lock(mutex);
       if (--busy == 0) {
         done.notify_one();
@@ -165,12 +175,12 @@ ThreadPool& ThreadPool::instance() {
 
 ThreadPool::ThreadPool() : state_(std::make_unique<State>()) {
   const int n = threads_wanted();
+  state_->shares = std::vector<State::Share>(n);
   for (int i = 0; i < n; ++i) {
     state_->workers.push_back(std::make_unique<Worker>());
   }
   for (int i = 1; i < n; ++i) {
-    state_->threads.emplace_back(
-        [state = state_.get(), i] { state->loop(*state->workers[i]); });
+    state_->threads.emplace_back([state = state_.get(), i] { state->loop(i); });
   }
 }
 
@@ -227,15 +237,18 @@ void ThreadPool::Session::run(
   {
     std::lock_guard lock(state.mutex);
     state.task = &task;
-    state.count = count;
-    state.next.store(0);
+    const auto n = static_cast<int64_t>(state.shares.size());
+    for (int64_t i = 0; i < n; ++i) {
+      state.shares[i].next.store(count * i / n);
+      state.shares[i].end = count * (i + 1) / n;
+    }
     state.busy = static_cast<int>(state.threads.size());
     state.error = nullptr;
     ++state.batch;
     state.announced.store(state.batch);
   }
   state.wake.notify_all();
-  state.work(*state.workers[0]);
+  state.work(0);
   const auto all_done = [&] { return state.busy.load() == 0; };
   spin_until(all_done);
   std::unique_lock lock(state.mutex);

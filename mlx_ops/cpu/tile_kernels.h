@@ -101,14 +101,16 @@ struct TileKernels {
       R* grad_offset, // as offset
       R* grad_mask); // as mask
 
-  // Adds the cotangent of the block's columns to the image's gradient. Only the
-  // block's channels are touched; samples and grad_columns span all channels,
-  // so that workers with disjoint channels share them.
+  // Adds the cotangent of the block's columns to the image's gradient, to the
+  // elements [image_begin, image_end) alone, whole pixels, so that workers with
+  // ranges of their own don't meet. The block spans all channels.
   void (*scatter)(
       const DeformConv2dParams& params,
       const Block& block,
       const Sample<R>* samples,
       const R* grad_columns, // [pixels][taps][C]
+      int64_t image_begin,
+      int64_t image_end,
       R* grad_input); // [N][H][W][C]
 
   void (*to_compute)(const T* from, R* to, int64_t n);

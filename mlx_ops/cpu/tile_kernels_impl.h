@@ -375,36 +375,31 @@ void scatter(
     const Block& block,
     const Sample<R>* samples,
     const R* grad_columns,
+    int64_t image_begin,
+    int64_t image_end,
     R* grad_input) {
   constexpr int width = VectorOf<R>::width;
   const int group_width = params.C / params.DG;
-  const GroupRange groups =
-      offset_groups(params, block.channel_begin, block.channel_end);
+  const uint64_t size = image_end - image_begin;
 
   for (int64_t at = 0; at < block.pixels() * block.taps(); ++at) {
-    const R* grad = grad_columns + at * params.C;
-    const Sample<R>* row = samples + at * params.DG;
-    for (int dg = groups.first; dg < groups.last; ++dg) {
-      const int group_begin = dg * group_width;
-      const int group_end = group_begin + group_width;
-      const int begin =
-          group_begin > block.channel_begin ? group_begin : block.channel_begin;
-      const int end =
-          group_end < block.channel_end ? group_end : block.channel_end;
+    for (int dg = 0; dg < params.DG; ++dg, ++samples) {
       for (int corner = 0; corner < 4; ++corner) {
-        if (row[dg].corner[corner] < 0) {
+        // In other workers' range, or nowhere, which is -1.
+        if (uint64_t(samples->corner[corner] - image_begin) >= size) {
           continue;
         }
-        R* to = grad_input + row[dg].corner[corner];
-        const R w = row[dg].weight[corner] * row[dg].mask;
-        int q = begin;
-        for (; q + width <= end; q += width) {
-          store(to + q, load(to + q) + w * load(grad + q));
+        R* to = grad_input + samples->corner[corner] + dg * group_width;
+        const R w = samples->weight[corner] * samples->mask;
+        int q = 0;
+        for (; q + width <= group_width; q += width) {
+          store(to + q, load(to + q) + w * load(grad_columns + q));
         }
-        for (; q < end; ++q) {
-          to[q] += w * grad[q];
+        for (; q < group_width; ++q) {
+          to[q] += w * grad_columns[q];
         }
       }
+      grad_columns += group_width;
     }
   }
 }

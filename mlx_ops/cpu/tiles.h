@@ -180,11 +180,39 @@ void fill_zero(ThreadPool::Session& session, R* data, int64_t count) {
   });
 }
 
+// Cuts the image's gradient, `size` elements, into ranges that take about
+// equally many of the samples: bounds [parts + 1], all at whole pixels. A few
+// samples tell.
+template <typename R>
+std::vector<int64_t> scatter_bounds(
+    const Sample<R>* samples,
+    int64_t count,
+    int64_t size,
+    int parts) {
+  constexpr int64_t looked_at_most = 512;
+  std::vector<int64_t> places;
+  const int64_t step = ceil_div(count, looked_at_most);
+  for (int64_t i = 0; i < count; i += step) {
+    const int64_t* corner = samples[i].corner;
+    const int64_t place = *std::max_element(corner, corner + 4);
+    if (place >= 0) {
+      places.push_back(place);
+    }
+  }
+  std::sort(places.begin(), places.end());
+  std::vector<int64_t> bounds{0};
+  for (int i = 1; i < parts; ++i) {
+    bounds.push_back(places.empty() ? size : places[i * places.size() / parts]);
+  }
+  bounds.push_back(size);
+  return bounds;
+}
+
 // The gradients of sampling, from the cotangent of the columns. Outputs may be
 // null. `column_cotangent(block, columns, worker)` writes the cotangent of the
 // block's columns, [pixels][taps][C]. Columns are taken chunk by chunk: workers
 // first make a chunk's cotangents and reduce them to offset and mask, then add
-// them to the image, each to channels of its own and in the order of pixels, so
+// them to the image, each to a part of its own and in the order of pixels, so
 // that nothing races and the sum doesn't depend on who computes it.
 template <typename T, typename R, typename F>
 void sampling_vjp(
@@ -195,8 +223,9 @@ void sampling_vjp(
     R* grad_offset,
     R* grad_mask) {
   const DeformConv2dParams& p = source.params;
+  const int64_t size = int64_t(p.N) * p.H * p.W * p.C;
   if (grad_input) {
-    fill_zero(session, grad_input, int64_t(p.N) * p.H * p.W * p.C);
+    fill_zero(session, grad_input, size);
   }
   const int most_taps =
       static_cast<int>(std::max<int64_t>(1, 2 * block_width / p.C));
@@ -208,10 +237,6 @@ void sampling_vjp(
       std::min(pixels_per_tile(source.pixels()), chunk_tile_pixels);
   const int64_t chunk =
       round_up(std::max<int64_t>(1, chunk_bytes / pixel_bytes), tile);
-  const int parts = static_cast<int>(
-      std::min<int64_t>(session.size(), ceil_div(p.C, channel_step)));
-  const int part =
-      static_cast<int>(round_up(ceil_div(p.C, parts), channel_step));
 
   for (int64_t begin = 0; begin < source.pixels(); begin += chunk) {
     const int64_t end = std::min(begin + chunk, source.pixels());
@@ -243,11 +268,11 @@ void sampling_vjp(
       });
 
       if (grad_input) {
-        session.run(ceil_div(p.C, part), [&](int64_t i, Worker&) {
-          Block block = all;
-          block.channel_begin = static_cast<int>(i * part);
-          block.channel_end = std::min(block.channel_begin + part, p.C);
-          source.kernels.scatter(p, block, samples, columns, grad_input);
+        const std::vector<int64_t> bounds = scatter_bounds(
+            samples, all.pixels() * all.taps() * p.DG, size, session.size());
+        session.run(session.size(), [&](int64_t i, Worker&) {
+          source.kernels.scatter(
+              p, all, samples, columns, bounds[i], bounds[i + 1], grad_input);
         });
       }
     }

@@ -147,23 +147,30 @@ void col2im(
     mx::array& grad_input,
     bool,
     mx::Stream stream) {
-  mx::cpu::get_command_encoder(stream).dispatch([p,
-                                                 in = weak_list(
-                                                     {&grad_columns,
-                                                      &offset,
-                                                      mask}),
-                                                 grad_input = weak(
-                                                     grad_input)]() mutable {
-    cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
-      // Scattering reads no image; the columns stand in for it.
-      const Source<T, R> source(p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
-      for_each_cotangent(
-          p, source, in[0].data<T>(), [&](const auto& sample, const R* row) {
-            source.kernels.scatter(
-                p, sample.block, sample.plan.data(), row, grad_input.data<R>());
-          });
-    });
-  });
+  mx::cpu::get_command_encoder(stream).dispatch(
+      [p,
+       in = weak_list({&grad_columns, &offset, mask}),
+       grad_input = weak(grad_input)]() mutable {
+        cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
+          // Scattering reads no image; the columns stand in for it.
+          const Source<T, R> source(
+              p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
+          for_each_cotangent(
+              p,
+              source,
+              in[0].data<T>(),
+              [&](const auto& sample, const R* row) {
+                source.kernels.scatter(
+                    p,
+                    sample.block,
+                    sample.plan.data(),
+                    row,
+                    0,
+                    grad_input.size(),
+                    grad_input.data<R>());
+              });
+        });
+      });
 }
 
 void offset_grad(
