@@ -244,6 +244,38 @@ corner_at(const T* input, const T* zeros, int64_t corner, int channel) {
   return (corner < 0 ? zeros : input + corner) + channel;
 }
 
+// One sample at n channels from c on.
+template <typename T, typename R>
+static inline void sample_row(
+    const Sample<R>& s,
+    const T* input,
+    const T* zeros,
+    int c,
+    int n,
+    R* out) {
+  constexpr int width = VectorOf<R>::width;
+  const R w0 = s.weight[0], w1 = s.weight[1];
+  const R w2 = s.weight[2], w3 = s.weight[3];
+  const R m = s.mask;
+  const T* p0 = corner_at(input, zeros, s.corner[0], c);
+  const T* p1 = corner_at(input, zeros, s.corner[1], c);
+  const T* p2 = corner_at(input, zeros, s.corner[2], c);
+  const T* p3 = corner_at(input, zeros, s.corner[3], c);
+  int q = 0;
+  for (; q + width <= n; q += width) {
+    store(
+        out + q,
+        m *
+            (w0 * load(p0 + q) + w1 * load(p1 + q) + w2 * load(p2 + q) +
+             w3 * load(p3 + q)));
+  }
+  for (; q < n; ++q) {
+    out[q] = m *
+        (w0 * load_one(p0 + q) + w1 * load_one(p1 + q) + w2 * load_one(p2 + q) +
+         w3 * load_one(p3 + q));
+  }
+}
+
 template <typename T, typename R>
 void sample(
     const DeformConv2dParams& params,
@@ -254,41 +286,34 @@ void sample(
     R* columns,
     int64_t pixel_stride,
     int64_t tap_stride) {
-  constexpr int width = VectorOf<R>::width;
   const GroupRange groups =
       offset_groups(params, block.channel_begin, block.channel_end);
   const int group_width = params.C / params.DG;
+  const int64_t pixels = block.pixels();
+  const int taps = block.taps();
 
-  for (int64_t p = 0; p < block.pixels(); ++p) {
-    for (int k = 0; k < block.taps(); ++k) {
+  // Mostly there is one offset group: a loop without their bookkeeping.
+  if (groups.count() == 1) {
+    const int begin = block.channel_begin;
+    const int n = block.channels();
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int k = 0; k < taps; ++k, ++samples) {
+        R* out = columns + p * pixel_stride + k * tap_stride;
+        sample_row(*samples, input, zeros, begin, n, out);
+      }
+    }
+    return;
+  }
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int k = 0; k < taps; ++k) {
       R* out = columns + p * pixel_stride + k * tap_stride;
       int c = block.channel_begin;
       for (int dg = groups.first; dg < groups.last; ++dg, ++samples) {
         const int group_end = (dg + 1) * group_width;
         const int end =
             group_end < block.channel_end ? group_end : block.channel_end;
-        const int n = end - c;
-        const R* w = samples->weight;
-        const R w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-        const R m = samples->mask;
-        const T* p0 = corner_at(input, zeros, samples->corner[0], c);
-        const T* p1 = corner_at(input, zeros, samples->corner[1], c);
-        const T* p2 = corner_at(input, zeros, samples->corner[2], c);
-        const T* p3 = corner_at(input, zeros, samples->corner[3], c);
-        int q = 0;
-        for (; q + width <= n; q += width) {
-          store(
-              out + q,
-              m *
-                  (w0 * load(p0 + q) + w1 * load(p1 + q) + w2 * load(p2 + q) +
-                   w3 * load(p3 + q)));
-        }
-        for (; q < n; ++q) {
-          out[q] = m *
-              (w0 * load_one(p0 + q) + w1 * load_one(p1 + q) +
-               w2 * load_one(p2 + q) + w3 * load_one(p3 + q));
-        }
-        out += n;
+        sample_row(*samples, input, zeros, c, end - c, out);
+        out += end - c;
         c = end;
       }
     }
