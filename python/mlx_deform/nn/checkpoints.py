@@ -20,7 +20,7 @@ from .layers import DeformConv2d, ModulatedDeformConv2d
 TAG = "[load_torch_weights]"
 
 # Buffers of PyTorch's that hold no weights.
-IGNORED = ("num_batches_tracked",)
+IGNORED = ("num_batches_tracked", "relative_position_index")
 
 Shape = tuple[int, ...]
 

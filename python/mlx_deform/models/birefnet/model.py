@@ -1,0 +1,120 @@
+"""BiRefNet: the backbone at two scales, the squeeze block, the decoder.
+
+"Bilateral Reference for High-Resolution Dichotomous Image Segmentation" (arXiv:2401.03407),
+section 3.2; names and details follow BiRefNet's models/birefnet.py with the settings of its
+config.py that every published checkpoint has: mul_scl_ipt "cat", three maps of context, one
+BasicDecBlk to squeeze, ASPPDeformable, split patches of the image, gradient attention.
+"""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from .config import BiRefNetConfig
+from .decoder import BasicDecBlk, Decoder, TrainingOutputs
+from .layers import BatchNorm, laplacian, resize
+from .swin import SwinTransformer
+
+# A map of the smallest size has one position for so many pixels a side.
+MULTIPLE = 32
+
+
+class BiRefNet(nn.Module):
+    """Predicts the mask of what stands in the foreground of a picture.
+
+    Args:
+        config (BiRefNetConfig): The sizes, by default those of the published ``BiRefNet`` with
+            Swin-L; see :func:`config_of`.
+
+    Parameters:
+        Named as in the official state dict; see :func:`load_weights`.
+
+    Call:
+        ``model(x)`` with ``x`` of shape ``(N, H, W, 3)``, colours normalised as
+        :func:`mlx_deform.models.birefnet.to_input` does, ``H`` and ``W`` multiples of 32. In
+        inference (``model.eval()``) it gives the mask's logits, ``(N, H, W, 1)``; in training
+        (``model.train()``, as a new model is) :class:`TrainingOutputs`, for which there must be
+        more than one picture.
+
+    Raises:
+        ValueError: If the shape of ``x`` breaks a rule.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlx_deform.models.birefnet import BiRefNet, config_of
+        >>> model = BiRefNet(config_of("BiRefNet_lite"))
+        >>> model.eval()  # doctest: +ELLIPSIS
+        BiRefNet(...
+        >>> model(mx.zeros((1, 64, 96, 3))).shape
+        (1, 64, 96, 1)
+
+    References:
+        Zheng et al., "Bilateral Reference for High-Resolution Dichotomous Image Segmentation",
+        arXiv:2401.03407; github.com/ZhengPeng7/BiRefNet.
+    """
+
+    def __init__(self, config: BiRefNetConfig | None = None):
+        super().__init__()
+        config = config or BiRefNetConfig()
+        # Of x4 to x1, twice the backbone's: it sees the picture at two scales.
+        channels = [2 * config.backbone.channels << stage for stage in (3, 2, 1, 0)]
+        self.bb = SwinTransformer(config.backbone, config.drop_path)
+        self.squeeze_module = nn.Sequential(
+            BasicDecBlk(sum(channels), channels[0], config.dropout)
+        )
+        self.decoder = Decoder(channels, config.patch_order, config.dropout)
+        self._config = config
+
+    @property
+    def config(self) -> BiRefNetConfig:
+        return self._config
+
+    def set_dtype(self, dtype: mx.Dtype) -> "BiRefNet":
+        """Converts the parameters, except those of batch normalisation, which stay float32."""
+
+        def convert(_, module):
+            own = mx.float32 if isinstance(module, BatchNorm) else dtype
+            arrays = {k: v for k, v in module.items() if isinstance(v, mx.array) and k[0] != "_"}
+            module.update(tree_map(lambda array: array.astype(own), arrays))
+
+        self.apply_to_modules(convert)
+        return self
+
+    def steps(self, x: mx.array) -> Iterator[mx.array | TrainingOutputs]:
+        """What a call computes, step by step; the last is the call's result.
+
+        Evaluating each step before the next bounds the memory of a picture to that of the
+        largest step, and tells how far it is. There are ``model.step_count`` steps.
+        """
+        if x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape or any(s % MULTIPLE for s in x.shape[1:3]):
+            raise ValueError(
+                f"[BiRefNet] x must have shape (N, H, W, 3) with H and W multiples of {MULTIPLE}; "
+                f"got {tuple(x.shape)}"
+            )
+        maps = []
+        for feature in self.bb.maps(x):
+            yield feature
+            maps.append(feature)
+        height, width = x.shape[1:3]
+        for index, feature in enumerate(self.bb.maps(resize(x, (height // 2, width // 2)))):
+            enlarged = resize(feature, maps[index].shape[1:3])
+            maps[index] = mx.concatenate([maps[index], enlarged], axis=-1)
+            yield maps[index]
+        smallest = maps[-1].shape[1:3]
+        context = [resize(feature, smallest) for feature in maps]
+        maps[-1] = self.squeeze_module(mx.concatenate(context, axis=-1))
+        del context
+        yield maps[-1]
+        gradient = laplacian(x.mean(-1, keepdims=True)) if self.training else None
+        yield from self.decoder.steps(x, maps, gradient)
+
+    @property
+    def step_count(self) -> int:
+        return 2 * len(self.bb.layers) + 1 + 5
+
+    def __call__(self, x: mx.array) -> mx.array | TrainingOutputs:
+        for result in self.steps(x):
+            pass
+        return result
