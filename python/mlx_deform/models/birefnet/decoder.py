@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import PIECE, BatchNorm, Conv2d, DeformableConv2d, resize, same_rows
+from .layers import BatchNorm, Conv2d, DeformableConv2d, last, on_cpu, piece, resize, same_rows
 
 INTER_CHANNELS = 64  # of every decoder block
 ASPP_CHANNELS = 256  # of every branch
@@ -50,7 +50,9 @@ class ASPPModule(nn.Module):
         self.bn = BatchNorm(ASPP_CHANNELS)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return nn.relu(self.bn(self.atrous_conv(x)))
+        if self.training:
+            return nn.relu(self.bn(self.atrous_conv(x)))
+        return nn.relu(self.atrous_conv.scaled(x, *self.bn.scale_and_shift()))
 
 
 class ASPPDeformable(nn.Module):
@@ -75,13 +77,17 @@ class ASPPDeformable(nn.Module):
         self.bn1 = BatchNorm(channels)
         self.dropout = nn.Dropout(dropout)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    STEPS = 2 + len(ASPP_KERNELS) + 1
+
+    def steps(self, x: mx.array) -> Iterator[mx.array]:
+        """The sum after each branch, and the output."""
         branches = [self.aspp1, *self.aspp_deforms, self.global_avg_pool]
         weights = mx.split(self.conv1.weight, len(branches), axis=-1)
         joined = 0
         for branch, weight in zip(branches, weights, strict=True):
             joined = joined + mx.conv2d(branch(x), weight)
-        return self.dropout(nn.relu(self.bn1(joined)))
+            yield joined
+        yield self.dropout(nn.relu(self.bn1(joined)))
 
 
 class BasicDecBlk(nn.Module):
@@ -95,9 +101,16 @@ class BasicDecBlk(nn.Module):
         self.conv_out = Conv2d(INTER_CHANNELS, out_channels, 3)
         self.bn_out = BatchNorm(out_channels)
 
+    STEPS = ASPPDeformable.STEPS + 1
+
+    def steps(self, x: mx.array) -> Iterator[mx.array]:
+        x = nn.relu(self.bn_in(self.conv_in(x)))
+        for x in self.dec_att.steps(x):  # noqa: B020, so that only the newest is in memory
+            yield x
+        yield self.bn_out(self.conv_out(x))
+
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.dec_att(nn.relu(self.bn_in(self.conv_in(x))))
-        return self.bn_out(self.conv_out(x))
+        return last(self.steps(x))
 
 
 class BasicLatBlk(nn.Module):
@@ -130,7 +143,8 @@ class SimpleConvs(nn.Module):
         """
         count, height, width, _ = x.shape
         second = mx.tensordot(weight, self.conv_out.weight, 1)  # (1, 3, 3, IMAGE_CHANNELS)
-        rows = max(PIECE // (count * width * IMAGE_CHANNELS), 1)
+        unfolded = 9 if on_cpu() else 1  # see Conv2d
+        rows = max(piece() // (count * width * IMAGE_CHANNELS * unfolded), 1)
         strips = []
         for start in range(0, height, rows):
             stop = min(start + rows, height)
@@ -180,6 +194,8 @@ class Decoder(nn.Module):
         self.conv_out1 = nn.Sequential(Conv2d(outputs[-1] + images[-1], 1, 1))
         self._patch_order = patch_order
 
+    STEPS = 4 * BasicDecBlk.STEPS + 3 + 1
+
     def steps(
         self, image: mx.array, maps: list[mx.array], gradient: mx.array | None = None
     ) -> Iterator[mx.array | TrainingOutputs]:
@@ -193,7 +209,9 @@ class Decoder(nn.Module):
         outputs = TrainingOutputs([], [], [])
         feature = maps.pop()
         for level in (4, 3, 2):
-            p = self[f"decoder_block{level}"](self._with_image(feature, image, level))
+            p = self._with_image(feature, image, level)
+            for p in self[f"decoder_block{level}"].steps(p):  # noqa: B020
+                yield p
             edges = self[f"gdt_convs_{level}"](p)
             if self.training:
                 prediction = self[f"conv_ms_spvn_{level}"](p)
@@ -204,9 +222,10 @@ class Decoder(nn.Module):
             lateral = maps.pop()
             feature = resize(p, lateral.shape[1:3]) + self[f"lateral_block{level}"](lateral)
             yield feature
-        p = self.decoder_block1(self._with_image(feature, image, 1))
+        p = self._with_image(feature, image, 1)
         del feature
-        yield p
+        for p in self.decoder_block1.steps(p):  # noqa: B020
+            yield p
         logits = self._full_size(p, image)
         if self.training:
             outputs.predictions.append(logits)

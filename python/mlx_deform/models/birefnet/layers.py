@@ -3,14 +3,28 @@
 Nothing here is particular to the model. Channels are last.
 """
 
+import collections
+from collections.abc import Iterable
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ... import deform_conv2d
 from ...nn import ModulatedDeformConv2d
 
-# Elements of a temporary above which work is cut into pieces: 32 MiB of float32.
-PIECE = 1 << 23
+
+def on_cpu() -> bool:
+    return mx.default_device().type == mx.cpu
+
+
+def piece() -> int:
+    """Elements of a temporary above which work is cut into pieces.
+
+    MLX allocates some pieces ahead of the one it computes, so the temporaries of a handful are
+    in memory at a time. A GPU is kept busy by no less than 16 MiB of float16.
+    """
+    return 1 << (21 if on_cpu() else 23)
 
 
 def in_pieces(function, x: mx.array, elements: int, *rows: mx.array) -> mx.array:
@@ -19,7 +33,7 @@ def in_pieces(function, x: mx.array, elements: int, *rows: mx.array) -> mx.array
     x, rows: cut along their first axis, which they share and ``function`` keeps.
     elements: of the largest temporary that ``function`` makes of one row.
     """
-    step = max(PIECE // elements, 1)
+    step = max(piece() // elements, 1)
     if len(x) <= step:
         return function(x, *rows)
     starts = range(0, len(x), step)
@@ -76,6 +90,10 @@ def same_rows(
     return mx.conv_general(rows, weight, padding=([top, pad], [bottom, pad]))
 
 
+def last(steps: Iterable):
+    return collections.deque(steps, maxlen=1).pop()
+
+
 class Conv2d(nn.Conv2d):
     """A convolution of stride 1 that keeps the size of the image.
 
@@ -91,15 +109,15 @@ class Conv2d(nn.Conv2d):
     def __call__(self, x: mx.array) -> mx.array:
         count, height, width, channels = x.shape
         area = self.weight.shape[1] * self.weight.shape[2]
-        rows = max(PIECE // (count * width * channels * area), 1)
-        if area == 1 or rows >= height or mx.default_device().type != mx.cpu:
+        rows = max(piece() // (count * width * channels * area), 1)
+        if area == 1 or rows >= height or not on_cpu():
             return super().__call__(x)
-        strips = [
-            same_rows(x, 0, height, self.weight, start, min(start + rows, height))
-            for start in range(0, height, rows)
-        ]
-        y = mx.concatenate(strips, axis=1)
-        return y + self.bias if "bias" in self else y
+        bias = self.bias if "bias" in self else None
+        strips = []
+        for start in range(0, height, rows):
+            strip = same_rows(x, 0, height, self.weight, start, min(start + rows, height))
+            strips.append(strip if bias is None else strip + bias)
+        return mx.concatenate(strips, axis=1)
 
 
 class DeformableConv2d(ModulatedDeformConv2d):
@@ -118,6 +136,14 @@ class DeformableConv2d(ModulatedDeformConv2d):
         predictor.update(self.offset_conv.parameters())
         self.offset_conv = predictor
 
+    def scaled(self, x: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
+        """The output times ``scale`` plus ``shift``, both (C_out,), by the op itself."""
+        offset, mask = self.offset_and_mask(x)
+        weight = (self.weight * scale.reshape(-1, 1, 1, 1)).astype(x.dtype)
+        return deform_conv2d(
+            x, offset, weight, shift.astype(x.dtype), padding=self.padding, mask=mask
+        )
+
 
 class BatchNorm(nn.BatchNorm):
     """Batch normalisation whose statistics are float32 beside a half input, as PyTorch's are.
@@ -128,10 +154,13 @@ class BatchNorm(nn.BatchNorm):
     def __call__(self, x: mx.array) -> mx.array:
         if self.training:
             return super().__call__(x.astype(mx.float32)).astype(x.dtype)
-        variance, mean = (self[name].astype(mx.float32) for name in ("running_var", "running_mean"))
-        scale = self.weight * mx.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
+        scale, shift = self.scale_and_shift()
         return x * scale.astype(x.dtype) + shift.astype(x.dtype)
+
+    def scale_and_shift(self) -> tuple[mx.array, mx.array]:
+        """What inference multiplies with and adds, float32 of shape (C,)."""
+        scale = self.weight * mx.rsqrt(self.running_var.astype(mx.float32) + self.eps)
+        return scale, self.bias - self.running_mean * scale
 
 
 class DropPath(nn.Module):

@@ -14,7 +14,7 @@ from mlx.utils import tree_map
 
 from .config import BiRefNetConfig
 from .decoder import BasicDecBlk, Decoder, TrainingOutputs
-from .layers import BatchNorm, laplacian, resize
+from .layers import BatchNorm, laplacian, last, resize
 from .swin import SwinTransformer
 
 # A map of the smallest size has one position for so many pixels a side.
@@ -104,17 +104,16 @@ class BiRefNet(nn.Module):
             yield maps[index]
         smallest = maps[-1].shape[1:3]
         context = [resize(feature, smallest) for feature in maps]
-        maps[-1] = self.squeeze_module(mx.concatenate(context, axis=-1))
-        del context
-        yield maps[-1]
+        for feature in self.squeeze_module.layers[0].steps(mx.concatenate(context, axis=-1)):
+            yield feature
+        maps[-1] = feature
+        del context, feature
         gradient = laplacian(x.mean(-1, keepdims=True)) if self.training else None
         yield from self.decoder.steps(x, maps, gradient)
 
     @property
     def step_count(self) -> int:
-        return 2 * len(self.bb.layers) + 1 + 5
+        return 2 * len(self.bb.layers) + BasicDecBlk.STEPS + Decoder.STEPS
 
     def __call__(self, x: mx.array) -> mx.array | TrainingOutputs:
-        for result in self.steps(x):
-            pass
-        return result
+        return last(self.steps(x))
