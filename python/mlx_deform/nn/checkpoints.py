@@ -19,6 +19,12 @@ from .layers import DeformConv2d, ModulatedDeformConv2d
 
 TAG = "[load_torch_weights]"
 
+# Of files: the first MLX reads, the others are what torch.save writes.
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+# Names listed of those that don't fit.
+SHOWN = 8
+
 # Buffers of PyTorch's that hold no weights.
 IGNORED = ("num_batches_tracked", "relative_position_index")
 
@@ -149,27 +155,29 @@ def _to_mlx(name: str, value: Any) -> mx.array:
     return mx.array(value)
 
 
-def _read(weights: Any) -> Mapping[str, Any]:
+def read_checkpoint(weights: Any) -> Mapping[str, Any]:
     if isinstance(weights, str | os.PathLike):
         path = Path(weights)
-        if path.suffix != ".safetensors":
+        if path.suffix not in SUFFIXES:
             raise ValueError(
-                f"{TAG} a file must be a .safetensors file; got {str(path)!r} (read any other "
-                "with torch.load, and give the state dict)"
+                f"{TAG} a file must be a {', '.join(SUFFIXES)} file; got {str(path)!r}"
             )
         if not path.is_file():
             raise FileNotFoundError(f"{TAG} there is no file {str(path)!r}")
         try:
-            return mx.load(str(path))
-        except RuntimeError as error:
+            if path.suffix == ".safetensors":
+                return mx.load(str(path))
+            from .torch_files import read_torch_file  # only this needs NumPy
+
+            return read_torch_file(path)
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{TAG} a file must hold what its name says; got {str(path)!r}: {error}"
             ) from None
     if isinstance(weights, Mapping):
         return weights
     raise ValueError(
-        f"{TAG} weights must be a state dict or the path of a .safetensors file; "
-        f"got {type(weights).__name__}"
+        f"{TAG} weights must be a state dict or the path of a file; got {type(weights).__name__}"
     )
 
 
@@ -181,6 +189,7 @@ class _Checkpoint:
         self.prefix = prefix if prefix == "" or prefix.endswith(".") else f"{prefix}."
         self.used: set[str] = set()
         self.missing: list[str] = []
+        self.misshapen: list[str] = []
 
     def has(self, name: str) -> bool:
         return self.prefix + name in self.arrays
@@ -196,11 +205,26 @@ class _Checkpoint:
         self.used.add(found[0])
         array = _to_mlx(found[0], self.arrays[found[0]])
         if tuple(array.shape) != tuple(source.shape):
-            raise ValueError(
-                f"{TAG} {found[0]!r} must have shape {tuple(source.shape)}; "
-                f"got {tuple(array.shape)}"
+            self.misshapen.append(
+                f"{found[0]!r} must have shape {tuple(source.shape)}; got {tuple(array.shape)}"
             )
+            return None
         return source.to_mlx(array)
+
+    def check(self, strict: bool) -> None:
+        """Raises an error that tells of everything that doesn't fit."""
+        wrong = self.misshapen[:SHOWN]
+        if len(self.misshapen) > SHOWN:
+            wrong.append(f"{len(self.misshapen) - SHOWN} more shapes")
+        unexpected = self.unexpected()
+        if strict and (self.missing or unexpected):
+            under = f" under {self.prefix[:-1]!r}" if self.prefix else ""
+            wrong.append(
+                f"names must be those of the model{under}; got missing: {_listed(self.missing)}; "
+                f"unexpected: {_listed(unexpected)}"
+            )
+        if wrong:
+            raise ValueError(f"{TAG} {'; '.join(wrong)}")
 
     def unexpected(self) -> list[str]:
         return [
@@ -213,8 +237,9 @@ class _Checkpoint:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:8])
-    return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "none"
+    shown = ", ".join(repr(name) for name in names[:SHOWN])
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return shown + more if names else "none"
 
 
 def load_torch_weights(
@@ -237,12 +262,14 @@ def load_torch_weights(
       its layer has ``mask_scale=2``), and with ``mask=False`` of mmcv's ``DeformConv2dPack``;
     * the convolutions of :mod:`mlx.nn`, also the transposed ones, take theirs;
     * any other array is copied as it is; linear, embedding and normalisation layers need no
-      more. Batch normalisation's ``num_batches_tracked`` is left out.
+      more. Buffers that hold no weights, such as ``num_batches_tracked``, are left out.
 
     Args:
         model (mlx.nn.Module): The model, or a single layer, that receives the weights.
         weights (dict, str or path): A state dict, of torch tensors, NumPy or MLX arrays, or the
-            path of a ``.safetensors`` file. Weights are ``(O, I / groups, kH, kW)``, as PyTorch
+            path of a ``.safetensors`` file, or of one that ``torch.save`` wrote (``.pth``,
+            ``.pt``, ``.bin``), which is read without PyTorch and without executing what it
+            holds. Weights are ``(O, I / groups, kH, kW)``, as PyTorch
             has them. Types are kept; float64 becomes float32.
         prefix (str): The name of the model in the checkpoint, such as
             ``"backbone.layer4.0.conv2"``; names without it are left alone. Default: ``""``.
@@ -275,7 +302,7 @@ def load_torch_weights(
         and BiRefNet (Zheng et al., "Bilateral Reference for High-Resolution Dichotomous Image
         Segmentation", arXiv:2401.03407).
     """
-    checkpoint = _Checkpoint(_read(weights), prefix)
+    checkpoint = _Checkpoint(read_checkpoint(weights), prefix)
     loaded: list[tuple[str, mx.array]] = []
     for layer, path, torch_path in _walk(model, "", ""):
         sources = _sources(layer, lambda name, at=torch_path: checkpoint.has(at + name))
@@ -284,13 +311,7 @@ def load_torch_weights(
             if all(array is not None for array in arrays):
                 joined = mx.concatenate(arrays) if len(arrays) > 1 else arrays[0]
                 loaded.append((path + name, joined))
-    if strict and (checkpoint.missing or checkpoint.unexpected()):
-        raise ValueError(
-            f"{TAG} names must be those of the model"
-            f"{f' under {prefix!r}' if prefix else ''}; "
-            f"got missing: {_listed(checkpoint.missing)}; "
-            f"unexpected: {_listed(checkpoint.unexpected())}"
-        )
+    checkpoint.check(strict)
     _warn_of_mask_scales(model, checkpoint)
     return model.load_weights(loaded, strict=strict)
 

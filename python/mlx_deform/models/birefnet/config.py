@@ -55,6 +55,12 @@ class BiRefNetConfig:
                 f"got {self.patch_order!r}"
             )
 
+    @property
+    def backbone_name(self) -> str:
+        """The published name of the backbone, such as "swin_v1_l"."""
+        names = [name for name, backbone in BACKBONES.items() if backbone == self.backbone]
+        return names[0] if names else "another backbone"
+
 
 _LARGE = BiRefNetConfig()
 _TINY = replace(_LARGE, backbone=BACKBONES["swin_v1_t"])

@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         self.conv_out1 = nn.Sequential(Conv2d(outputs[-1] + images[-1], 1, 1))
         self._patch_order = patch_order
 
-    STEPS = 4 * BasicDecBlk.STEPS + 3 + 1
+    STEPS = 4 * BasicDecBlk.STEPS + 3 * 2 + 1
 
     def steps(
         self, image: mx.array, maps: list[mx.array], gradient: mx.array | None = None
@@ -220,7 +220,10 @@ class Decoder(nn.Module):
                 outputs.gradient_labels.append(gradient * resize(prediction, size))
             p = p * mx.sigmoid(self[f"gdt_convs_attn_{level}"](edges))
             lateral = maps.pop()
-            feature = resize(p, lateral.shape[1:3]) + self[f"lateral_block{level}"](lateral)
+            feature = resize(p, lateral.shape[1:3])
+            yield feature
+            feature = feature + self[f"lateral_block{level}"](lateral)
+            del lateral
             yield feature
         p = self._with_image(feature, image, 1)
         del feature

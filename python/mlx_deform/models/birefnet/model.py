@@ -32,9 +32,8 @@ class BiRefNet(nn.Module):
         Named as in the official state dict; see :func:`load_weights`.
 
     Call:
-        ``model(x)`` with ``x`` of shape ``(N, H, W, 3)``, colours normalised as
-        :func:`mlx_deform.models.birefnet.to_input` does, ``H`` and ``W`` multiples of 32. In
-        inference (``model.eval()``) it gives the mask's logits, ``(N, H, W, 1)``; in training
+        ``model(x)`` with ``x`` of shape ``(N, H, W, 3)``, ``H`` and ``W`` multiples of 32, colours
+        normalised as :func:`mlx_deform.models.birefnet.inference.to_input` does. In inference (``model.eval()``) it gives the mask's logits, ``(N, H, W, 1)``; in training
         (``model.train()``, as a new model is) :class:`TrainingOutputs`, for which there must be
         more than one picture.
 
@@ -61,9 +60,7 @@ class BiRefNet(nn.Module):
         # Of x4 to x1, twice the backbone's: it sees the picture at two scales.
         channels = [2 * config.backbone.channels << stage for stage in (3, 2, 1, 0)]
         self.bb = SwinTransformer(config.backbone, config.drop_path)
-        self.squeeze_module = nn.Sequential(
-            BasicDecBlk(sum(channels), channels[0], config.dropout)
-        )
+        self.squeeze_module = nn.Sequential(BasicDecBlk(sum(channels), channels[0], config.dropout))
         self.decoder = Decoder(channels, config.patch_order, config.dropout)
         self._config = config
 
@@ -88,20 +85,21 @@ class BiRefNet(nn.Module):
         Evaluating each step before the next bounds the memory of a picture to that of the
         largest step, and tells how far it is. There are ``model.step_count`` steps.
         """
-        if x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape or any(s % MULTIPLE for s in x.shape[1:3]):
+        misfit = any(size % MULTIPLE for size in x.shape[1:3])
+        if x.ndim != 4 or x.shape[3] != 3 or 0 in x.shape or misfit:
             raise ValueError(
                 f"[BiRefNet] x must have shape (N, H, W, 3) with H and W multiples of {MULTIPLE}; "
                 f"got {tuple(x.shape)}"
             )
-        maps = []
-        for feature in self.bb.maps(x):
-            yield feature
-            maps.append(feature)
+        maps, half = [], []
+        yield from self.bb.steps(x, maps)
         height, width = x.shape[1:3]
-        for index, feature in enumerate(self.bb.maps(resize(x, (height // 2, width // 2)))):
-            enlarged = resize(feature, maps[index].shape[1:3])
+        yield from self.bb.steps(resize(x, (height // 2, width // 2)), half)
+        for index in range(len(maps)):
+            enlarged = resize(half.pop(0), maps[index].shape[1:3])
             maps[index] = mx.concatenate([maps[index], enlarged], axis=-1)
             yield maps[index]
+        del enlarged
         smallest = maps[-1].shape[1:3]
         context = [resize(feature, smallest) for feature in maps]
         for feature in self.squeeze_module.layers[0].steps(mx.concatenate(context, axis=-1)):
@@ -113,7 +111,7 @@ class BiRefNet(nn.Module):
 
     @property
     def step_count(self) -> int:
-        return 2 * len(self.bb.layers) + BasicDecBlk.STEPS + Decoder.STEPS
+        return 2 * self.bb.step_count + len(self.bb.layers) + BasicDecBlk.STEPS + Decoder.STEPS
 
     def __call__(self, x: mx.array) -> mx.array | TrainingOutputs:
         return last(self.steps(x))

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .config import SwinConfig
-from .layers import DropPath, in_pieces
+from .layers import DropPath, in_pieces, last
 
 MLP_RATIO = 4
 PATCH = 4
@@ -60,7 +60,7 @@ class Mlp(nn.Module):
 
 
 def relative_positions(window: int) -> np.ndarray:
-    """(N, N) for the N = window^2 positions of a window: the row of the bias table (section 3.2)."""
+    """(N, N) for the N = window^2 positions of a window: rows of the bias table (section 3.2)."""
     row, column = np.divmod(np.arange(window * window), window)
     return (row[:, None] - row + window - 1) * (2 * window - 1) + (
         column[:, None] - column + window - 1
@@ -153,11 +153,12 @@ class SwinStage(nn.Module):
             self.downsample = PatchMerging(channels)
         self._window = window
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def steps(self, x: mx.array) -> Iterator[mx.array]:
+        """The output of each block."""
         mask = mx.array(shift_mask(*x.shape[1:3], self._window)).astype(x.dtype)
         for block in self.blocks:
             x = block(x, mask)
-        return x
+            yield x
 
 
 class SwinTransformer(nn.Module):
@@ -176,17 +177,25 @@ class SwinTransformer(nn.Module):
             self.layers.append(SwinStage(channels, heads, config.window, chances, merges))
             self[f"norm{stage}"] = nn.LayerNorm(channels)
 
-    def maps(self, x: mx.array) -> Iterator[mx.array]:
-        """Each map as soon as it is described, so that a caller may evaluate it."""
+    @property
+    def step_count(self) -> int:
+        return sum(len(stage.blocks) + 1 for stage in self.layers)
+
+    def steps(self, x: mx.array, maps: list[mx.array]) -> Iterator[mx.array]:
+        """The output of each block, and each map, which is also appended to ``maps``."""
         x = self.patch_embed(x)
         for index, stage in enumerate(self.layers):
-            x = stage(x)
-            yield self[f"norm{index}"](x)
+            for x in stage.steps(x):  # noqa: B020, so that only the newest is in memory
+                yield x
+            maps.append(self[f"norm{index}"](x))
+            yield maps[-1]
             if "downsample" in stage:
                 x = stage.downsample(x)
 
     def __call__(self, x: mx.array) -> list[mx.array]:
-        return list(self.maps(x))
+        maps = []
+        last(self.steps(x, maps))
+        return maps
 
 
 # ---------------------------------------------------------------------------
