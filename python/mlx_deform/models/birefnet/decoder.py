@@ -89,6 +89,9 @@ class ASPPDeformable(nn.Module):
             yield joined
         yield self.dropout(nn.relu(self.bn1(joined)))
 
+    def __call__(self, x: mx.array) -> mx.array:
+        return last(self.steps(x))
+
 
 class BasicDecBlk(nn.Module):
     """Two 3x3 convolutions around ASPPDeformable (decoder_blocks.py)."""

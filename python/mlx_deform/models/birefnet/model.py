@@ -33,7 +33,8 @@ class BiRefNet(nn.Module):
 
     Call:
         ``model(x)`` with ``x`` of shape ``(N, H, W, 3)``, ``H`` and ``W`` multiples of 32, colours
-        normalised as :func:`mlx_deform.models.birefnet.inference.to_input` does. In inference (``model.eval()``) it gives the mask's logits, ``(N, H, W, 1)``; in training
+        normalised as :func:`mlx_deform.models.birefnet.inference.to_input` does. In inference
+        (``model.eval()``) it gives the mask's logits, ``(N, H, W, 1)``; in training
         (``model.train()``, as a new model is) :class:`TrainingOutputs`, for which there must be
         more than one picture.
 
