@@ -1,5 +1,6 @@
 """What `python -m mlx_deform.models.birefnet` does with its arguments."""
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,10 @@ def run(options) -> bool:
     except OSError as error:
         raise CommandError(f"--out can't be made: {error}") from None
     if options.save_weights:
-        save_weights(model, options.save_weights)
+        try:
+            save_weights(model, options.save_weights)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CommandError(str(error)) from None
         print(f"saved    {options.save_weights}")
 
     dtype = model.bb.patch_embed.proj.weight.dtype
@@ -105,8 +109,10 @@ def run(options) -> bool:
 
 def parse_size(text: str) -> tuple[int, int]:
     """ "1024", or "2560x1440", width first, to height and width."""
-    width, _, height = text.partition("x")
-    size = (int(height or width), int(width))
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text, re.ASCII)
+    if not match:
+        raise ValueError
+    size = (int(match[2] or match[1]), int(match[1]))
     if any(side < MULTIPLE or side % MULTIPLE for side in size):
         raise ValueError
     return size

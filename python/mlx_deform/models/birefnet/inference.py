@@ -43,12 +43,18 @@ def read_picture(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"it can't be read: {error}") from None
 
 
+def _straight(picture: Image.Image) -> Image.Image:
+    """Grey with premultiplied transparency, which Pillow converts to no other mode, without."""
+    return picture.convert("LA") if picture.mode == "La" else picture
+
+
 def to_rgb(picture: Image.Image) -> Image.Image:
     """The colours of a picture of any mode in 8 bits, its transparency left out.
 
     Modes of more bits are scaled by the least of 1 (of floats), 255 and 65535 that holds their
     brightest pixel.
     """
+    picture = _straight(picture)
     if picture.mode.startswith(("I", "F")):
         values = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
         if picture.mode.startswith("I;16"):
@@ -126,7 +132,8 @@ def cut_out(
     mask = to_mask(result, picture.size)
     alpha = mask
     if picture.has_transparency_data:
-        alpha = ImageChops.multiply(mask, picture.convert("RGBA").getchannel("A"))
+        own = _straight(picture).convert("RGBA").getchannel("A")
+        alpha = ImageChops.multiply(mask, own)
     coloured = to_rgb(picture)
     coloured.putalpha(alpha)
     return CutOut(mask, coloured)
