@@ -71,7 +71,9 @@ def test_saved_weights_come_back(dtype, tmp_path):
     assert again.config == changed
     assert not again.training
     assert_same_parameters(again, model)
-    other = load_model(tmp_path / "mlx.safetensors", "small", patch_order="channels")
+    other = load_model(tmp_path / "mlx.safetensors", patch_order="channels")
+    assert other.config == dataclasses.replace(changed, patch_order="channels")
+    other = load_model(tmp_path / "mlx.safetensors", "small")
     assert other.config == SMALL
     assert other.bb.patch_embed.proj.weight.dtype == mx.float32
 
