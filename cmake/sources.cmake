@@ -15,7 +15,9 @@ set(MLX_DEFORM_CORE_SOURCES
     mlx_ops/cpu/tile_kernels.cpp
     mlx_ops/gpu/deform_conv2d.cpp
     mlx_ops/gpu/deform_im2col.cpp
-    mlx_ops/gpu/dispatch.cpp)
+    mlx_ops/gpu/dispatch.cpp
+    mlx_ops/gpu/run_now.cpp
+    mlx_ops/cuda/launch.cpp)
 
 # Compiled once per instruction set.
 set(MLX_DEFORM_KERNEL_SOURCES
@@ -24,11 +26,12 @@ set(MLX_DEFORM_X86_KERNEL_SOURCES
     mlx_ops/cpu/products_avx2.cpp
     mlx_ops/cpu/tile_kernels_avx2.cpp)
 
-# One GPU backend a build.
+# One GPU backend a build: Metal where MLX has it, else CUDA with its stand-in.
 set(MLX_DEFORM_METAL_SOURCES
     mlx_ops/metal/kernels.cpp)
-set(MLX_DEFORM_NO_GPU_SOURCES
-    mlx_ops/no_gpu/kernels.cpp)
+set(MLX_DEFORM_CUDA_SOURCES
+    mlx_ops/cuda/kernels.cpp
+    mlx_ops/stand_in/kernels.cpp)
 
 # Embedded as text in every build; their includes come along.
 set(MLX_DEFORM_METAL_KERNELS
@@ -37,6 +40,12 @@ set(MLX_DEFORM_METAL_KERNELS
     metal/deform_offset_grad.metal
     metal/deform_column_product.metal
     metal/zero_fill.metal)
+
+# Likewise, each file as a text of its own: cuda/deform_<name>.cu.
+set(MLX_DEFORM_CUDA_KERNELS
+    im2col
+    col2im
+    offset_grad)
 
 set(MLX_DEFORM_BINDING_SOURCES
     python/src/module.cpp

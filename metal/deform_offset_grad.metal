@@ -8,9 +8,10 @@
 
 #include <metal_stdlib>
 
-#include "metal/deform_sample.h"
+#include "metal/channel_vector.h"
 #include "metal/function_constants.h"
 #include "metal/kernel_names.h"
+#include "mlx_ops/gpu/deform_sample.h"
 
 using namespace mlx_deform;
 

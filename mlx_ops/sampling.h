@@ -12,8 +12,12 @@
 
 #if defined(__METAL_VERSION__)
 #define MLX_DEFORM_FN inline
+#define MLX_DEFORM_DEVICE device
+#define MLX_DEFORM_CONSTANT constant
 #elif defined(__CUDACC__)
 #define MLX_DEFORM_FN static __device__ inline
+#define MLX_DEFORM_DEVICE
+#define MLX_DEFORM_CONSTANT const
 #else
 // Internal linkage: the CPU kernels are compiled once per instruction set, and
 // the linker must not merge these functions across them.

@@ -36,7 +36,7 @@ test_device.__test__ = False  # not a test, whatever its name
 
 def rounds_columns():
     """Whether columns are stored in half types: on a GPU, and on its stand-in."""
-    return test_device() == mx.gpu or os.environ.get("MLX_DEFORM_STAND_IN") == "1"
+    return test_device() == mx.gpu or os.environ.get("MLX_DEFORM_STAND_IN", "0") != "0"
 
 
 def device_for(*dtypes):

@@ -48,11 +48,22 @@ def test_baseline_instruction_set():
 
 @without_a_gpu
 @pytest.mark.parametrize(
-    ("budget", "files"),
-    [("64", [FORWARD, HALF, IM2COL]), ("0.002", [FORWARD, GRADIENTS, SPECIAL])],
+    ("kind", "budget", "files"),
+    [
+        # As on Metal, where kernels write in place.
+        ("1", "64", [FORWARD, HALF, IM2COL]),
+        ("1", "0.002", [FORWARD, GRADIENTS, SPECIAL]),
+        # As on CUDA, where each has outputs of its own.
+        ("own", "64", [GRADIENTS, HALF, IM2COL]),
+        ("own", "0.002", [FORWARD, GRADIENTS, SPECIAL]),
+    ],
 )
-def test_the_route_of_the_gpu(budget, files):
-    environment = {**STAND_IN, "MLX_DEFORM_COLUMN_BUDGET_MB": budget}
+def test_the_route_of_the_gpu(kind, budget, files):
+    environment = {
+        **STAND_IN,
+        "MLX_DEFORM_STAND_IN": kind,
+        "MLX_DEFORM_COLUMN_BUDGET_MB": budget,
+    }
     done = run_tests(environment, *files)
     assert done.returncode == 0, done.stdout
 

@@ -1,6 +1,10 @@
 // The convolution on a GPU: the backend's sampling kernels and MLX's matmul,
-// chunk by chunk of output pixels. One buffer holds the columns of every chunk,
-// so its size is bounded whatever the image; nothing of it outlives the call.
+// chunk by chunk of output pixels. The memory of the columns is bounded
+// whatever the image, and nothing of it outlives the call: where kernels write
+// in place, one buffer holds the columns of every chunk. Elsewhere each chunk
+// has columns of its own, which what is encoded on the stream keeps until it
+// has run, so the stream runs dry before more than kChunksAtOnce chunks are
+// held.
 
 #include "mlx_ops/deform_conv2d.h"
 
@@ -8,9 +12,11 @@
 #include <optional>
 
 #include "mlx/ops.h"
+#include "mlx/stream.h"
 #include "mlx_ops/arrays.h"
 #include "mlx_ops/gpu/dispatch.h"
 #include "mlx_ops/gpu/kernels.h"
+#include "mlx_ops/gpu/run_now.h"
 
 namespace mlx_deform {
 
@@ -18,26 +24,17 @@ namespace gpu {
 
 namespace {
 
-// Evaluates a graph of a few nodes in the middle of a primitive's own
-// evaluation: encodes what is not encoded yet, inputs first.
-void run_now(const mx::array& x, mx::Stream stream) {
-  if (x.status() != mx::array::Status::unscheduled) {
-    return;
+// Enough for the GPU to be busy for many times as long as it waits for the
+// host, which encodes nothing meanwhile.
+constexpr size_t kChunksAtOnce = 8;
+
+// Whole arrays, before in-place kernels write them.
+void prepare(std::initializer_list<mx::array*> arrays, mx::Stream stream) {
+  for (mx::array* x : arrays) {
+    if (x && in_place(stream)) {
+      allocate(*x);
+    }
   }
-  for (const mx::array& in : x.inputs()) {
-    run_now(in, stream);
-  }
-  std::vector<mx::array> outputs = x.outputs();
-  if (stream.device == mx::Device::gpu) {
-    x.primitive().eval_gpu(x.inputs(), outputs);
-  } else {
-    x.primitive().eval_cpu(x.inputs(), outputs);
-  }
-  for (const mx::array& in : x.inputs()) {
-    keep(in, stream);
-  }
-  keep(x, stream);
-  x.set_status(mx::array::Status::evaluated);
 }
 
 // `shape` elements of the buffer of `x`, from element `offset` on.
@@ -97,18 +94,36 @@ struct Products {
     return q;
   }
 
-  // A buffer for the columns of any chunk, and its part for one of them.
+  // Memory for the columns of any chunk, where kernels write in place, and the
+  // columns of one of them, which elsewhere get their memory when written.
   mx::array column_buffer() const {
     mx::array columns(
         {p.G, static_cast<int>(most_pixels), width}, dtype, nullptr, {});
-    allocate(columns);
+    if (in_place(stream)) {
+      allocate(columns);
+      keep(columns, stream);
+    }
     columns.set_status(mx::array::Status::available);
-    keep(columns, stream);
     return columns;
   }
   mx::array columns_at(const mx::array& buffer, const Chunk& chunk) const {
     const auto n = static_cast<int>(chunk.pixel_end - chunk.pixel_begin);
-    return view_of(buffer, {p.G, n, width}, {int64_t(n) * width, width, 1});
+    const mx::Shape shape{p.G, n, width};
+    if (in_place(stream)) {
+      return view_of(buffer, shape, {int64_t(n) * width, width, 1});
+    }
+    mx::array columns(shape, dtype, nullptr, {});
+    columns.set_status(mx::array::Status::available);
+    return columns;
+  }
+
+  // After a chunk was encoded.
+  void bound_memory(const Chunk& chunk) const {
+    const size_t number = &chunk - chunks.data() + 1;
+    if (!in_place(stream) && number % kChunksAtOnce == 0 &&
+        number < chunks.size()) {
+      mx::synchronize(stream);
+    }
   }
 
   mx::array weight_groups(const mx::array& weight) const {
@@ -155,6 +170,7 @@ void forward(
         : mx::matmul(columns, kernel, stream);
     run_now(part, stream);
     parts.push_back(mx::swapaxes(part, 0, 1, stream));
+    products.bound_memory(chunk);
   }
   const mx::array all =
       parts.size() == 1 ? parts[0] : mx::concatenate(parts, 0, stream);
@@ -172,6 +188,44 @@ struct Gradients {
   mx::array* mask;
 };
 
+// A float32 gradient that the chunks make together. In place they share it;
+// elsewhere each makes a part, the rows of its pixels or a summand.
+struct Joined {
+  mx::array* whole; // null: nobody wants it
+  mx::Stream stream;
+  std::vector<mx::array> parts{};
+
+  // What the next chunk's kernel writes.
+  mx::array* next(const mx::Shape& shape) {
+    if (!whole || in_place(stream)) {
+      return whole;
+    }
+    parts.emplace_back(shape, mx::float32, nullptr, std::vector<mx::array>{});
+    parts.back().set_status(mx::array::Status::available);
+    return &parts.back();
+  }
+
+  // After it was encoded, for summands: so that there is one at a time.
+  void add_up() {
+    if (parts.size() == 2) {
+      parts = {mx::add(parts[0], parts[1], stream)};
+      run_now(parts[0], stream);
+    }
+  }
+
+  void finish() {
+    if (parts.empty()) {
+      return;
+    }
+    const mx::array all = mx::reshape(
+        parts.size() == 1 ? parts[0] : mx::concatenate(parts, 0, stream),
+        whole->shape(),
+        stream);
+    run_now(all, stream);
+    whole->copy_shared_buffer(all);
+  }
+};
+
 // The cotangent of a chunk's columns: rows (G, pixels, O / G) times the weight
 // (G, O / G, width).
 mx::array column_cotangent(
@@ -181,14 +235,13 @@ mx::array column_cotangent(
     const mx::array& rows,
     const mx::array& kernel,
     std::optional<mx::array>& columns) {
-  if (products.chunks.size() == 1) {
+  if (products.chunks.size() == 1 || !in_place(products.stream)) {
     const mx::array product = mx::matmul(rows, kernel, products.stream);
     run_now(product, products.stream);
     return product;
   }
-  // MLX's matmul allocates its result, and what is encoded on a stream keeps
-  // its buffers until it has run: all columns at once. This product goes into
-  // the buffer that all chunks share.
+  // MLX's matmul allocates its result, which would be all columns at once. This
+  // product goes into the buffer that all chunks share.
   column_product(
       products.at(chunk), cotangent, kernel, *columns, products.stream);
   return *columns;
@@ -203,22 +256,27 @@ void backward(
     const mx::array* mask,
     Gradients gradients,
     mx::Stream stream) {
-  for (mx::array* x : {gradients.input, gradients.offset, gradients.mask}) {
-    if (x) {
-      allocate(*x);
-    }
-  }
-  if (gradients.input) {
-    zero_fill(*gradients.input, stream);
-  }
   const Products products(p, input.dtype(), stream);
   if (products.chunks.empty()) {
-    if (gradients.weight) {
-      allocate(*gradients.weight);
-      zero_fill(*gradients.weight, stream);
+    for (mx::array* x :
+         {gradients.input,
+          gradients.offset,
+          gradients.weight,
+          gradients.mask}) {
+      if (x) {
+        prepare({x}, stream);
+        zero_fill(*x, stream);
+      }
     }
     return;
   }
+  prepare({gradients.input, gradients.offset, gradients.mask}, stream);
+  if (gradients.input && in_place(stream)) {
+    zero_fill(*gradients.input, stream);
+  }
+  Joined grad_input{gradients.input, stream};
+  Joined grad_offset{gradients.offset, stream};
+  Joined grad_mask{gradients.mask, stream};
   const bool wants_columns =
       gradients.input || gradients.offset || gradients.mask;
   const mx::array kernel = products.weight_groups(weight);
@@ -226,7 +284,7 @@ void backward(
   // A single chunk needs it for the weight's gradient alone: MLX's matmul makes
   // the columns' cotangents then.
   std::optional<mx::array> buffer;
-  if (gradients.weight || products.chunks.size() > 1) {
+  if (gradients.weight || (products.chunks.size() > 1 && in_place(stream))) {
     buffer = products.column_buffer();
   }
   std::optional<mx::array> weight_sum;
@@ -263,9 +321,10 @@ void backward(
             grad_columns,
             offset,
             mask,
-            *gradients.input,
+            *grad_input.next(input.shape()),
             deterministic(),
             stream);
+        grad_input.add_up();
       }
       if (gradients.offset || gradients.mask) {
         offset_grad(
@@ -274,12 +333,16 @@ void backward(
             offset,
             mask,
             grad_columns,
-            gradients.offset,
-            gradients.mask,
+            grad_offset.next({n, offset.shape(-1)}),
+            grad_mask.next({n, p.DG * p.kH * p.kW}),
             stream);
       }
     }
+    products.bound_memory(chunk);
   }
+  grad_input.finish();
+  grad_offset.finish();
+  grad_mask.finish();
   if (gradients.weight) {
     const mx::array sum =
         mx::reshape(*weight_sum, gradients.weight->shape(), stream);

@@ -9,7 +9,9 @@ void DeformIm2col::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   mx::array& columns = outputs[0];
-  allocate(columns);
+  if (gpu::in_place(stream())) {
+    allocate(columns);
+  }
   gpu::im2col(
       params(inputs),
       inputs[0],
@@ -22,7 +24,10 @@ void DeformIm2col::eval_gpu(
 void DeformIm2colVJP::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  allocate(outputs);
+  const bool in_place = gpu::in_place(stream());
+  if (in_place) {
+    allocate(outputs);
+  }
   size_t next = 0;
   const auto take = [&](bool wanted) {
     return wanted ? &outputs[next++] : nullptr;
@@ -34,7 +39,9 @@ void DeformIm2colVJP::eval_gpu(
   const DeformConv2dParams p = params(inputs);
   const mx::array* mask = has_mask_ ? &inputs[3] : nullptr;
   if (grad_input) {
-    gpu::zero_fill(*grad_input, stream());
+    if (in_place) {
+      gpu::zero_fill(*grad_input, stream());
+    }
     gpu::col2im(
         p,
         inputs[2],

@@ -224,15 +224,16 @@ FunctionConstant flag(const std::string& name, int index, bool value) {
   return {name, index, true, value ? 1 : 0};
 }
 
-std::string kernel_name(
+void name_kernel(
+    Launch& launch,
     const std::string& stem,
-    const Library& library,
     int64_t vector_width = 0) {
-  std::string out = stem;
+  launch.stem = launch.kernel = stem;
   if (vector_width != 0) {
-    out += "_v" + std::to_string(vector_width);
+    launch.kernel += "_v" + std::to_string(vector_width);
   }
-  return out + "_i" + std::to_string(library.index_bits) + "_" + library.dtype;
+  launch.kernel += "_i" + std::to_string(launch.library.index_bits) + "_" +
+      launch.library.dtype;
 }
 
 // One row of threads a sample, all samples of a pixel side by side:
@@ -275,7 +276,7 @@ Launch plan_im2col(
   Launch out;
   out.library = {dtype, index_bits_for(largest_array(p), options)};
   out.vector_width = int(width);
-  out.kernel = kernel_name("deform_im2col", out.library, width);
+  name_kernel(out, "deform_im2col", width);
   out.constants = {flag("has_mask", 0, p.has_mask)};
   out.buffers = {{"input", 0, false}, {"offset", 1, false}};
   if (p.has_mask) {
@@ -303,8 +304,7 @@ Launch plan_col2im(
 
   Launch out;
   out.library = {dtype, index_bits_for(largest_array(p), options)};
-  out.kernel = kernel_name(
-      deterministic ? "deform_col2im_ordered" : "deform_col2im", out.library);
+  name_kernel(out, deterministic ? "deform_col2im_ordered" : "deform_col2im");
   out.constants = {flag("has_mask", 0, p.has_mask)};
   out.buffers = {{"grad_columns", 0, false}, {"offset", 1, false}};
   if (p.has_mask) {
@@ -361,7 +361,7 @@ Launch plan_offset_grad(
   out.library = {
       dtype, index_bits_for(std::max(largest_array(p), slots), options)};
   out.vector_width = int(width);
-  out.kernel = kernel_name("deform_offset_grad", out.library, width);
+  name_kernel(out, "deform_offset_grad", width);
   out.constants = {
       flag("has_mask", 0, p.has_mask),
       flag("wants_offset", 1, wants_offset),
@@ -403,7 +403,7 @@ Launch plan_column_product(
 
   Launch out;
   out.library = {dtype, index_bits_for(largest, options)};
-  out.kernel = kernel_name("deform_column_product", out.library);
+  name_kernel(out, "deform_column_product");
   out.buffers = {
       {"cotangent", 0, false},
       {"weight", 1, false},
@@ -424,6 +424,7 @@ Launch plan_zero_fill(int64_t size) {
   }
   Launch out;
   out.library = {"float32", 32};
+  out.stem = "zero_fill";
   out.kernel = "zero_fill_float32";
   out.buffers = {{"out", 0, true}, {"size", 1, false}};
   out.group = {kGroupThreads, 1, 1};

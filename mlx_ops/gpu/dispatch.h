@@ -40,7 +40,8 @@ struct Binding {
 };
 
 struct Launch {
-  std::string kernel; // host name
+  std::string stem; // the kernel, whatever its types
+  std::string kernel; // host name of one of the stem's instantiations
   Library library;
   std::vector<FunctionConstant> constants;
   std::vector<Binding> buffers;

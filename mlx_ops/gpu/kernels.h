@@ -1,9 +1,10 @@
 // What a GPU backend provides: the kernels of a deformable convolution, encoded
-// on a stream. Arrays are row-contiguous and allocated by the caller, who keeps
-// them alive until the stream has run. offset and mask are float32; input,
-// columns and grad_columns share one type of float32, float16, bfloat16.
+// on a stream. Arrays are row-contiguous, and the caller keeps them alive until
+// the stream has run. offset and mask are float32; input, columns and
+// grad_columns share one type of float32, float16, bfloat16.
 //
-// Implemented once a backend: by metal/, and by no_gpu/ where there is none.
+// Implemented once a build: by metal/ on macOS, and by cuda/ elsewhere, which
+// hands CPU streams to stand_in/.
 
 #pragma once
 
@@ -16,6 +17,12 @@ namespace mlx_deform::gpu {
 
 namespace mx = mlx::core;
 
+// Where a launch's outputs go. In place: the caller allocates them, and the
+// launches of several chunks share them. Else every launch gives its outputs
+// memory of their own; their shapes are then those of its pixels alone, and
+// grad_input holds its share alone.
+bool in_place(mx::Stream stream);
+
 // Writes the columns of the pixels [params.pixel_begin, params.pixel_end).
 // `mask` is null exactly where params.has_mask is 0.
 void im2col(
@@ -26,7 +33,8 @@ void im2col(
     mx::array& columns, // strides in params
     mx::Stream stream);
 
-// Adds the pixels' share to grad_input, which holds zeros or an earlier sum.
+// Adds the pixels' share to grad_input, which in place holds zeros or an
+// earlier sum.
 // Without `deterministic` the order of the additions varies from run to run.
 void col2im(
     const DeformConv2dParams& params,
@@ -45,13 +53,13 @@ void offset_grad(
     const mx::array& offset, // (N, Ho, Wo, DG * kH * kW * 2)
     const mx::array* mask, // (N, Ho, Wo, DG * kH * kW)
     const mx::array& grad_columns, // strides in params
-    mx::array* grad_offset, // as offset
-    mx::array* grad_mask, // as mask
+    mx::array* grad_offset, // as offset, or the pixels' rows of it
+    mx::array* grad_mask, // as mask, or the pixels' rows of it
     mx::Stream stream);
 
 // Writes the cotangent of the pixels' columns: for each weight group the
 // cotangent's rows times the weight, (pixels x O / G) (O / G x kH * kW * C /
-// G).
+// G). Only where kernels write in place: elsewhere MLX's matmul does it.
 void column_product(
     const DeformConv2dParams& params,
     const mx::array& cotangent, // (N, Ho, Wo, O)
@@ -65,7 +73,7 @@ void zero_fill(mx::array& out, mx::Stream stream);
 // Holds an array until the stream has run what is encoded so far.
 void keep(const mx::array& x, mx::Stream stream);
 
-// Whether this build has kernels for a GPU.
+// Whether there are kernels for a GPU of MLX's here.
 bool available();
 
 // Whether the CPU takes the GPU's route too, for tests where there is no GPU.

@@ -7,6 +7,7 @@
 #include <array>
 #include <string>
 
+#include "mlx_ops/cuda/launch.h"
 #include "mlx_ops/gpu/dispatch.h"
 #include "mlx_ops/metal/sources.h"
 
@@ -15,6 +16,7 @@ using namespace nb::literals;
 
 namespace {
 
+namespace cuda = mlx_deform::cuda;
 namespace gpu = mlx_deform::gpu;
 using mlx_deform::DeformConv2dParams;
 
@@ -53,6 +55,39 @@ nb::tuple tuple_of(const std::array<int64_t, 3>& a) {
   return nb::make_tuple(a[0], a[1], a[2]);
 }
 
+nb::list list_of(const std::vector<std::string>& names) {
+  nb::list out;
+  for (const std::string& name : names) {
+    out.append(name);
+  }
+  return out;
+}
+
+nb::dict dict_of(const cuda::CustomKernel& kernel) {
+  nb::dict constants;
+  for (const auto& [name, value] : kernel.integers) {
+    constants[name.c_str()] = value;
+  }
+  for (const auto& [name, value] : kernel.flags) {
+    constants[name.c_str()] = value;
+  }
+  nb::dict out;
+  out["name"] = kernel.name;
+  out["inputs"] = list_of(kernel.inputs);
+  out["outputs"] = list_of(kernel.outputs);
+  out["header"] = kernel.header;
+  out["source"] = kernel.source;
+  out["index"] = kernel.wide_index ? "int64" : "int32";
+  out["constants"] = constants;
+  out["grid"] = nb::make_tuple(kernel.grid[0], kernel.grid[1], kernel.grid[2]);
+  out["group"] =
+      nb::make_tuple(kernel.group[0], kernel.group[1], kernel.group[2]);
+  out["words"] = nb::bytes(
+      reinterpret_cast<const char*>(kernel.words.data()), sizeof(kernel.words));
+  out["first_words"] = mlx_deform::kFirstWords;
+  return out;
+}
+
 nb::dict dict_of(const gpu::Launch& launch, int64_t max_threads) {
   nb::dict constants;
   for (const gpu::FunctionConstant& c : launch.constants) {
@@ -64,6 +99,7 @@ nb::dict dict_of(const gpu::Launch& launch, int64_t max_threads) {
     buffers.append(nb::make_tuple(b.role, b.index, b.is_output));
   }
   nb::dict out;
+  out["stem"] = launch.stem;
   out["kernel"] = launch.kernel;
   out["dtype"] = launch.library.dtype;
   out["index_bits"] = launch.library.index_bits;
@@ -155,6 +191,46 @@ void init_dispatch(nb::module_& m) {
       "max_threads"_a = 0,
       "The launch of a GPU kernel, as the Metal backend encodes it. `params` "
       "holds the fields of DeformConv2dParams, or `size` for zero_fill.");
+
+  m.def(
+      "_cuda_kernel",
+      [](const std::string& op,
+         const nb::dict& params,
+         const std::string& dtype,
+         bool deterministic,
+         bool wants_offset,
+         bool wants_mask,
+         int vector_width,
+         int index_bits,
+         int64_t groups_per_row) {
+        gpu::PlanOptions options;
+        options.vector_width = vector_width;
+        options.index_bits = index_bits;
+        options.groups_per_row = groups_per_row;
+        return dict_of(
+            cuda::custom_kernel(
+                plan(
+                    op,
+                    params,
+                    dtype,
+                    deterministic,
+                    wants_offset,
+                    wants_mask,
+                    options),
+                params_from(params)));
+      },
+      "op"_a,
+      "params"_a,
+      "dtype"_a = "float32",
+      nb::kw_only(),
+      "deterministic"_a = false,
+      "wants_offset"_a = true,
+      "wants_mask"_a = true,
+      "vector_width"_a = 0,
+      "index_bits"_a = 0,
+      "groups_per_row"_a = gpu::PlanOptions{}.groups_per_row,
+      "The arguments of MLX's cuda_kernel for the launch that _dispatch_plan "
+      "describes, which must not be empty.");
 
   m.def(
       "_params_bytes",

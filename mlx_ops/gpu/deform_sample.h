@@ -1,5 +1,6 @@
-// What the kernels of a deformable convolution share: which sample a thread
-// works on, where the sample lies, and where its elements are.
+// What the GPU kernels of a deformable convolution share, in Metal and in CUDA:
+// which sample a thread works on, where the sample lies, and where its elements
+// are. Each language includes its own Channels and ChannelIO before this.
 //
 // A sample is one (output pixel, kernel tap, offset group): one offset, one
 // cell, four corners, shared by C / DG channels. Index is the type of an
@@ -7,9 +8,6 @@
 
 #pragma once
 
-#include <metal_stdlib>
-
-#include "metal/channel_vector.h"
 #include "mlx_ops/deform_conv2d_params.h"
 #include "mlx_ops/sampling.h"
 
@@ -31,17 +29,18 @@ struct SamplePosition {
 
 // Where the sample's offset pair, halved, and its mask lie.
 template <typename Index>
-inline Index sample_index(SampleId<Index> id, constant DeformConv2dParams& p) {
+MLX_DEFORM_FN Index
+sample_index(SampleId<Index> id, MLX_DEFORM_CONSTANT DeformConv2dParams& p) {
   const int taps = p.kH * p.kW;
   return (id.pixel * Index(p.DG) + Index(id.group)) * Index(taps) +
       Index(id.tap);
 }
 
 template <typename Index>
-inline SamplePosition<Index> sample_position(
+MLX_DEFORM_FN SamplePosition<Index> sample_position(
     SampleId<Index> id,
-    constant DeformConv2dParams& p,
-    const device float* offset) {
+    MLX_DEFORM_CONSTANT DeformConv2dParams& p,
+    const MLX_DEFORM_DEVICE float* offset) {
   const Index row = id.pixel / Index(p.Wo);
   const int wo = int(id.pixel - row * Index(p.Wo));
   SamplePosition<Index> out;
@@ -60,20 +59,20 @@ inline SamplePosition<Index> sample_position(
 // The first channel of corner 0. The corner may lie outside the image and the
 // index be negative: corner_index is meaningful for corners inside only.
 template <typename Index>
-inline Index cell_index(
+MLX_DEFORM_FN Index cell_index(
     Index image,
     BilinearCell<float> cell,
-    constant DeformConv2dParams& p) {
+    MLX_DEFORM_CONSTANT DeformConv2dParams& p) {
   const Index row = image * Index(p.H) + Index(cell.y);
   return (row * Index(p.W) + Index(cell.x)) * Index(p.C);
 }
 
 template <typename Index>
-inline Index corner_index(
+MLX_DEFORM_FN Index corner_index(
     Index cell,
     int corner,
     int channel,
-    constant DeformConv2dParams& p) {
+    MLX_DEFORM_CONSTANT DeformConv2dParams& p) {
   const int below = corner >> 1;
   const int right = corner & 1;
   return cell + Index(below * p.W + right) * Index(p.C) + Index(channel);
@@ -88,12 +87,12 @@ struct Corners {
 // corner outside the image is 0 and not read: at a clamped address, an infinite
 // pixel would leak as 0 * Inf.
 template <typename T, int V, typename Index>
-inline Corners<V> load_corners(
-    const device T* input,
+MLX_DEFORM_FN Corners<V> load_corners(
+    const MLX_DEFORM_DEVICE T* input,
     BilinearCell<float> cell,
     Index cell_at,
     int channel,
-    constant DeformConv2dParams& p) {
+    MLX_DEFORM_CONSTANT DeformConv2dParams& p) {
   Corners<V> out;
   for (int i = 0; i < 4; ++i) {
     for (int v = 0; v < V; ++v) {
@@ -108,8 +107,10 @@ inline Corners<V> load_corners(
 }
 
 template <typename Index>
-inline Index
-column_index(SampleId<Index> id, int channel, constant DeformConv2dParams& p) {
+MLX_DEFORM_FN Index column_index(
+    SampleId<Index> id,
+    int channel,
+    MLX_DEFORM_CONSTANT DeformConv2dParams& p) {
   const int group_width = p.C / p.G;
   const int g = p.G == 1 ? 0 : channel / group_width;
   return Index(g) * Index(p.column_group) +

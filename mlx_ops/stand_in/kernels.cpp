@@ -1,17 +1,14 @@
-// A build without a GPU: the kernels of gpu/kernels.h run on CPU streams, pixel
-// by pixel and without haste. With MLX_DEFORM_STAND_IN=1 the ops take the GPU's
-// route over them, so that its chunks and products are tested on any machine.
+#include "mlx_ops/stand_in/kernels.h"
 
-#include "mlx_ops/gpu/kernels.h"
-
+#include <cstdlib>
 #include <functional>
 #include <string>
 
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx_ops/arrays.h"
 #include "mlx_ops/cpu/tiles.h"
-#include "mlx_ops/gpu/dispatch.h"
 
-namespace mlx_deform::gpu {
+namespace mlx_deform::stand_in {
 
 namespace {
 
@@ -77,7 +74,20 @@ std::vector<mx::array> weak_list(std::initializer_list<const mx::array*> list) {
   return out;
 }
 
+// Gives an output memory of its own where kernels do not write in place.
+void own(mx::array* out, mx::Stream stream) {
+  if (out && !in_place()) {
+    allocate(*out);
+    keep(*out, stream);
+  }
+}
+
 } // namespace
+
+bool in_place() {
+  const char* text = std::getenv("MLX_DEFORM_STAND_IN");
+  return text == nullptr || std::string(text) != "own";
+}
 
 void im2col(
     const DeformConv2dParams& p,
@@ -86,6 +96,7 @@ void im2col(
     const mx::array* mask,
     mx::array& columns,
     mx::Stream stream) {
+  own(&columns, stream);
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
        in = weak_list({&input, &offset, mask}),
@@ -145,8 +156,10 @@ void col2im(
     const mx::array& offset,
     const mx::array* mask,
     mx::array& grad_input,
-    bool,
     mx::Stream stream) {
+  if (!in_place()) {
+    zero_fill(grad_input, stream);
+  }
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
        in = weak_list({&grad_columns, &offset, mask}),
@@ -182,17 +195,22 @@ void offset_grad(
     mx::array* grad_offset,
     mx::array* grad_mask,
     mx::Stream stream) {
+  own(grad_offset, stream);
+  own(grad_mask, stream);
+  const int64_t first = in_place() ? 0 : p.pixel_begin * p.kH * p.kW * p.DG;
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
        in = weak_list({&input, &offset, &grad_columns, mask}),
        out = weak_list({grad_offset, grad_mask}),
+       first,
        wants_offset = grad_offset != nullptr,
        wants_mask = grad_mask != nullptr]() mutable {
         cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
           const Source<T, R> source(
               p, in[0], in[1], p.has_mask ? &in[3] : nullptr);
-          R* to_offset = wants_offset ? out[0].data<R>() : nullptr;
-          R* to_mask = wants_mask ? out.back().data<R>() : nullptr;
+          // The kernels count from the first pixel of all.
+          R* to_offset = wants_offset ? out[0].data<R>() - 2 * first : nullptr;
+          R* to_mask = wants_mask ? out.back().data<R>() - first : nullptr;
           for_each_cotangent(
               p,
               source,
@@ -252,6 +270,7 @@ void column_product(
 }
 
 void zero_fill(mx::array& out, mx::Stream stream) {
+  own(&out, stream);
   mx::cpu::get_command_encoder(stream).dispatch([out = weak(out)]() mutable {
     std::fill_n(out.data<char>(), out.nbytes(), char(0));
   });
@@ -261,16 +280,4 @@ void keep(const mx::array& x, mx::Stream stream) {
   mx::cpu::get_command_encoder(stream).add_temporary(x);
 }
 
-bool available() {
-  return false;
-}
-
-bool stands_in_on_cpu() {
-  return environment_flag("MLX_DEFORM_STAND_IN");
-}
-
-bool deterministic() {
-  return environment_flag("MLX_DEFORM_DETERMINISTIC");
-}
-
-} // namespace mlx_deform::gpu
+} // namespace mlx_deform::stand_in
