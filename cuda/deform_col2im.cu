@@ -15,7 +15,7 @@ namespace mlx_deform {
 //
 // grid: (lanes, kH * kW * DG, pixels)
 template <typename T, typename Index, int V, bool has_mask>
-static __device__ inline void deform_col2im(
+__device__ inline void deform_col2im(
     const T* __restrict__ grad_columns, // by column_index
     const float* __restrict__ offset, // (N, Ho, Wo, DG, kH, kW, 2)
     const float* __restrict__ mask, // (N, Ho, Wo, DG, kH, kW)
@@ -70,7 +70,7 @@ static __device__ inline void deform_col2im(
 //
 // grid: (32 lanes * channel blocks, N * H), filled up to whole blocks
 template <typename T, typename Index, int V, bool has_mask>
-static __device__ inline void deform_col2im_ordered(
+__device__ inline void deform_col2im_ordered(
     const T* __restrict__ grad_columns, // by column_index
     const float* __restrict__ offset, // (N, Ho, Wo, DG, kH, kW, 2)
     const float* __restrict__ mask, // (N, Ho, Wo, DG, kH, kW)

@@ -13,7 +13,7 @@
 namespace mlx_deform {
 
 template <typename T, typename Index, int V, bool has_mask>
-static __device__ inline void deform_im2col(
+__device__ inline void deform_im2col(
     const T* __restrict__ input, // (N, H, W, C)
     const float* __restrict__ offset, // (N, Ho, Wo, DG, kH, kW, 2)
     const float* __restrict__ mask, // (N, Ho, Wo, DG, kH, kW)

@@ -12,7 +12,7 @@
 
 namespace mlx_deform {
 
-static __device__ inline float weighted_sum(
+__device__ inline float weighted_sum(
     CornerWeights<float> weights,
     CornerWeights<float> sums) {
   return weights.w[0] * sums.w[0] + weights.w[1] * sums.w[1] +
@@ -20,17 +20,16 @@ static __device__ inline float weighted_sum(
 }
 
 // Samples are numbered in the order of the columns; a block takes blockDim.x /
-// segment_lanes of them. The outputs hold the launch's pixels alone: row 0 is
-// that of params.pixel_begin.
+// launch.segment_lanes of them. The outputs hold the launch's pixels alone: row
+// 0 is that of params.pixel_begin.
 template <
     typename T,
     typename Index,
     int V,
     bool has_mask,
     bool wants_offset,
-    bool wants_mask,
-    int segment_lanes>
-static __device__ inline void deform_offset_grad(
+    bool wants_mask>
+__device__ inline void deform_offset_grad(
     const T* __restrict__ input, // (N, H, W, C)
     const float* __restrict__ offset, // (N, Ho, Wo, DG, kH, kW, 2)
     const float* __restrict__ mask, // (N, Ho, Wo, DG, kH, kW)
@@ -43,9 +42,11 @@ static __device__ inline void deform_offset_grad(
     return;
   }
   const DeformConv2dParams& p = launch.params;
-  constexpr int segments = 32 / segment_lanes; // in a warp
-  const int segment = static_cast<int>(threadIdx.x % 32) / segment_lanes;
-  const int lane = static_cast<int>(threadIdx.x % segment_lanes);
+  const int segment_lanes = launch.segment_lanes;
+  const int segments = 32 / segment_lanes; // in a warp
+  const int warp_lane = static_cast<int>(threadIdx.x % 32);
+  const int segment = warp_lane / segment_lanes;
+  const int lane = warp_lane - segment * segment_lanes;
   const Index block_index =
       Index(block.y) * Index(launch.blocks[0]) + Index(block.x);
   const Index warp =

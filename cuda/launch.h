@@ -7,7 +7,7 @@
 
 namespace mlx_deform {
 
-constexpr unsigned int kAllLanes = 0xffffffffu;
+inline constexpr unsigned int kAllLanes = 0xffffffffu;
 
 struct Position {
   int x;
@@ -18,7 +18,7 @@ struct Position {
 // The arguments from the strides of a kernel's first two arrays, which carry
 // them as words.
 template <typename Strides>
-static __device__ inline LaunchArguments launch_arguments(
+__device__ inline LaunchArguments launch_arguments(
     const Strides& first,
     const Strides& second) {
   long words[kLaunchWords];
@@ -32,7 +32,7 @@ static __device__ inline LaunchArguments launch_arguments(
 
 // This block's place among the plan's; z is beyond them in the blocks that fill
 // up the launch's last row.
-static __device__ inline Position block_position(const LaunchArguments& a) {
+__device__ inline Position block_position(const LaunchArguments& a) {
   const unsigned int number = blockIdx.y * gridDim.x + blockIdx.x;
   const unsigned int row = number / static_cast<unsigned int>(a.blocks[0]);
   const unsigned int plane = row / static_cast<unsigned int>(a.blocks[1]);
@@ -43,7 +43,7 @@ static __device__ inline Position block_position(const LaunchArguments& a) {
   return out;
 }
 
-static __device__ inline Position thread_position(const LaunchArguments& a) {
+__device__ inline Position thread_position(const LaunchArguments& a) {
   const Position block = block_position(a);
   Position out;
   out.x =
@@ -56,11 +56,11 @@ static __device__ inline Position thread_position(const LaunchArguments& a) {
 }
 
 // Whole blocks are launched, so some threads lie beyond the plan's grid.
-static __device__ inline bool in_grid(Position at, const LaunchArguments& a) {
+__device__ inline bool in_grid(Position at, const LaunchArguments& a) {
   return at.x < a.grid[0] && at.y < a.grid[1] && at.z < a.grid[2];
 }
 
-static __device__ inline float not_a_number() {
+__device__ inline float not_a_number() {
   return __int_as_float(0x7fc00000);
 }
 

@@ -15,7 +15,7 @@
 #define MLX_DEFORM_DEVICE device
 #define MLX_DEFORM_CONSTANT constant
 #elif defined(__CUDACC__)
-#define MLX_DEFORM_FN static __device__ inline
+#define MLX_DEFORM_FN __device__ inline
 #define MLX_DEFORM_DEVICE
 #define MLX_DEFORM_CONSTANT const
 #else

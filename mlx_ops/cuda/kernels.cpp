@@ -134,9 +134,9 @@ void run(
     dtypes.push_back(outputs.at(role)->dtype());
   }
   std::vector<std::pair<std::string, mx::fast::TemplateArg>> constants = {
-      {"T", dtype}, {"Index", kernel.wide_index ? mx::int64 : mx::int32}};
-  constants.insert(
-      constants.end(), kernel.integers.begin(), kernel.integers.end());
+      {"T", dtype},
+      {"Index", kernel.wide_index ? mx::int64 : mx::int32},
+      {"V", kernel.vector_width}};
   constants.insert(constants.end(), kernel.flags.begin(), kernel.flags.end());
 
   const auto [gx, gy, gz] = kernel.grid;

@@ -59,22 +59,22 @@ CustomKernel custom_kernel(
     arguments += binding.role + ", ";
   }
 
+  LaunchArguments words{};
+  words.params = params;
+  out.vector_width = launch.vector_width;
   std::string constants = "V";
-  out.integers = {{"V", launch.vector_width}};
   for (const gpu::FunctionConstant& constant : launch.constants) {
-    constants += ", " + constant.name;
     if (constant.is_bool) {
+      constants += ", " + constant.name;
       out.flags.emplace_back(constant.name, constant.value != 0);
-    } else {
-      out.integers.emplace_back(constant.name, constant.value);
+    } else { // segment_lanes is the only one
+      words.segment_lanes = constant.value;
     }
   }
   out.source = "  mlx_deform::" + launch.stem + "<T, Index, " + constants +
       ">(\n      " + arguments + "mlx_deform::launch_arguments(" +
       out.inputs[0] + "_strides, " + out.inputs[1] + "_strides));\n";
 
-  LaunchArguments words{};
-  words.params = params;
   int64_t blocks = 1;
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t along = ceil_div(launch.grid[axis], launch.group[axis]);

@@ -22,8 +22,8 @@ struct CustomKernel {
   const char* header; // the kernel's functions
   std::string source; // the kernel's body, which calls one of them
   bool wide_index; // the body's type Index is int64_t, else int32_t
-  std::vector<std::pair<std::string, int>> integers; // the body's constants
-  std::vector<std::pair<std::string, bool>> flags;
+  int vector_width; // the body's constant V
+  std::vector<std::pair<std::string, bool>> flags; // its other constants
   std::array<int, 3> grid; // threads, whole blocks
   std::array<int, 3> group; // threads of a block
   // LaunchArguments, which the body takes from the strides of the first two

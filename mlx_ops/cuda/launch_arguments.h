@@ -12,11 +12,15 @@ struct LaunchArguments {
   // allows few blocks along y and z, so they are launched in one long row.
   int grid[3];
   int blocks[3];
+  // Lanes that share a sample, in offset_grad: a power of two up to 32. Told
+  // and not compiled in, for compiling takes seconds.
+  int segment_lanes;
+  int unused;
 };
 
 // It travels as 64-bit words: see mlx_ops/cuda/kernels.cpp.
-constexpr int kLaunchWords = sizeof(LaunchArguments) / sizeof(long);
-constexpr int kFirstWords = 10; // of them with a kernel's first array
+inline constexpr int kLaunchWords = sizeof(LaunchArguments) / sizeof(long);
+inline constexpr int kFirstWords = 10; // of them with a kernel's first array
 static_assert(sizeof(LaunchArguments) % sizeof(long) == 0, "whole words");
 
 } // namespace mlx_deform

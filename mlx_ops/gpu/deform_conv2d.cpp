@@ -188,7 +188,7 @@ struct Gradients {
   mx::array* mask;
 };
 
-// A float32 gradient that the chunks make together. In place they share it;
+// A gradient that the chunks make together. In place they share it;
 // elsewhere each makes a part, the rows of its pixels or a summand.
 struct Joined {
   mx::array* whole; // null: nobody wants it
@@ -200,7 +200,8 @@ struct Joined {
     if (!whole || in_place(stream)) {
       return whole;
     }
-    parts.emplace_back(shape, mx::float32, nullptr, std::vector<mx::array>{});
+    parts.emplace_back(
+        shape, whole->dtype(), nullptr, std::vector<mx::array>{});
     parts.back().set_status(mx::array::Status::available);
     return &parts.back();
   }

@@ -65,9 +65,7 @@ nb::list list_of(const std::vector<std::string>& names) {
 
 nb::dict dict_of(const cuda::CustomKernel& kernel) {
   nb::dict constants;
-  for (const auto& [name, value] : kernel.integers) {
-    constants[name.c_str()] = value;
-  }
+  constants["V"] = kernel.vector_width;
   for (const auto& [name, value] : kernel.flags) {
     constants[name.c_str()] = value;
   }
@@ -88,7 +86,7 @@ nb::dict dict_of(const cuda::CustomKernel& kernel) {
   return out;
 }
 
-nb::dict dict_of(const gpu::Launch& launch, int64_t max_threads) {
+nb::dict dict_of(const gpu::Launch& launch) {
   nb::dict constants;
   for (const gpu::FunctionConstant& c : launch.constants) {
     constants[c.name.c_str()] =
@@ -106,8 +104,7 @@ nb::dict dict_of(const gpu::Launch& launch, int64_t max_threads) {
   out["constants"] = constants;
   out["buffers"] = buffers;
   out["grid"] = tuple_of(launch.grid);
-  out["group"] = tuple_of(
-      max_threads > 0 ? gpu::fit_group(launch, max_threads) : launch.group);
+  out["group"] = tuple_of(launch.group);
   out["vector_width"] = launch.vector_width;
   out["empty"] = launch.empty();
   return out;
@@ -145,37 +142,39 @@ gpu::Launch plan(
           .c_str());
 }
 
-} // namespace
-
-void init_dispatch(nb::module_& m) {
+// Binds f(launch, params) under the arguments that make a plan.
+template <typename F>
+void def_planned(nb::module_& m, const char* name, const char* doc, F f) {
   m.def(
-      "_dispatch_plan",
-      [](const std::string& op,
-         const nb::dict& params,
-         const std::string& dtype,
-         bool deterministic,
-         bool wants_offset,
-         bool wants_mask,
-         int alignment,
-         int vector_width,
-         int index_bits,
-         int64_t groups_per_row,
-         int64_t max_threads) {
+      name,
+      [f](const std::string& op,
+          const nb::dict& params,
+          const std::string& dtype,
+          bool deterministic,
+          bool wants_offset,
+          bool wants_mask,
+          int alignment,
+          int vector_width,
+          int index_bits,
+          int64_t groups_per_row,
+          int64_t max_threads) {
         gpu::PlanOptions options;
         options.alignment = alignment;
         options.vector_width = vector_width;
         options.index_bits = index_bits;
         options.groups_per_row = groups_per_row;
-        return dict_of(
-            plan(
-                op,
-                params,
-                dtype,
-                deterministic,
-                wants_offset,
-                wants_mask,
-                options),
-            max_threads);
+        gpu::Launch launch = plan(
+            op,
+            params,
+            dtype,
+            deterministic,
+            wants_offset,
+            wants_mask,
+            options);
+        if (max_threads > 0) {
+          launch.group = gpu::fit_group(launch, max_threads);
+        }
+        return f(launch, params);
       },
       "op"_a,
       "params"_a,
@@ -189,48 +188,30 @@ void init_dispatch(nb::module_& m) {
       "index_bits"_a = 0,
       "groups_per_row"_a = gpu::PlanOptions{}.groups_per_row,
       "max_threads"_a = 0,
-      "The launch of a GPU kernel, as the Metal backend encodes it. `params` "
-      "holds the fields of DeformConv2dParams, or `size` for zero_fill.");
+      doc);
+}
 
-  m.def(
+} // namespace
+
+void init_dispatch(nb::module_& m) {
+  def_planned(
+      m,
+      "_dispatch_plan",
+      "The launch of a GPU kernel, as the Metal backend encodes it. `params` "
+      "holds the fields of DeformConv2dParams, or `size` for zero_fill.",
+      [](const gpu::Launch& launch, const nb::dict&) {
+        return dict_of(launch);
+      });
+
+  def_planned(
+      m,
       "_cuda_kernel",
-      [](const std::string& op,
-         const nb::dict& params,
-         const std::string& dtype,
-         bool deterministic,
-         bool wants_offset,
-         bool wants_mask,
-         int vector_width,
-         int index_bits,
-         int64_t groups_per_row) {
-        gpu::PlanOptions options;
-        options.vector_width = vector_width;
-        options.index_bits = index_bits;
-        options.groups_per_row = groups_per_row;
-        return dict_of(
-            cuda::custom_kernel(
-                plan(
-                    op,
-                    params,
-                    dtype,
-                    deterministic,
-                    wants_offset,
-                    wants_mask,
-                    options),
-                params_from(params)));
-      },
-      "op"_a,
-      "params"_a,
-      "dtype"_a = "float32",
-      nb::kw_only(),
-      "deterministic"_a = false,
-      "wants_offset"_a = true,
-      "wants_mask"_a = true,
-      "vector_width"_a = 0,
-      "index_bits"_a = 0,
-      "groups_per_row"_a = gpu::PlanOptions{}.groups_per_row,
-      "The arguments of MLX's cuda_kernel for the launch that _dispatch_plan "
-      "describes, which must not be empty.");
+      "What the CUDA backend makes of a launch that is not empty: the "
+      "arguments "
+      "of MLX's cuda_kernel, and the words that carry the sizes.",
+      [](const gpu::Launch& launch, const nb::dict& params) {
+        return dict_of(cuda::custom_kernel(launch, params_from(params)));
+      });
 
   m.def(
       "_params_bytes",

@@ -118,13 +118,19 @@ class Build(NamedTuple):
 
 
 def build(source, sanitize=None, compiler=None):
-    """A Metal source as a shared library for this machine.
+    """A Metal source as a shared library for this machine: see build_code."""
+    compiler = compiler or compiler_command()
+    code, names, constants = translated(source, compiler)
+    return build_code(code, names, constants, sanitize, compiler)
+
+
+def build_code(code, names, constants, sanitize=None, compiler=None):
+    """C++ with a launcher for each of `names`, and the scheduler, as a shared library.
 
     `sanitize` may be "address" or "thread"; only a process that was started with the
     sanitizer's runtime can load the library then.
     """
     compiler = compiler or compiler_command()
-    code, names, constants = translated(source, compiler)
     flags = [*STRICTNESS, *ARITHMETIC, "-O1" if sanitize else "-O2", *BUILD]
     link = ["-shared"]
     if is_zig(compiler):

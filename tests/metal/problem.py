@@ -97,7 +97,10 @@ class Problem:
         }
 
     def plan(self, op, **options):
-        return _ext._dispatch_plan(op, self.fields, self.dtype, **options)
+        plan = _ext._dispatch_plan(op, self.fields, self.dtype, **options)
+        if op != "column_product" and not plan["empty"]:  # CUDA leaves that one to MLX
+            plan["cuda"] = _ext._cuda_kernel(op, self.fields, self.dtype, **options)
+        return plan
 
     # ---- as the kernels store them
 
