@@ -3,10 +3,16 @@
 MLX_DEFORM_TEST_DEVICE=cpu or gpu chooses another. float64 is tested on the CPU everywhere.
 """
 
+import os
+
 import mlx.core as mx
 import pytest
 
 from numerics import test_device
+
+# The tolerances are float32's, and MLX's products on a GPU default to TF32, whose numbers
+# have 11 bits. MLX reads this at its first product.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def pytest_report_header():

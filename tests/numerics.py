@@ -34,6 +34,11 @@ def test_device():
 test_device.__test__ = False  # not a test, whatever its name
 
 
+def on_cuda():
+    """Whether the tests run on an NVIDIA GPU."""
+    return test_device() == mx.gpu and not mx.metal.is_available()
+
+
 def rounds_columns():
     """Whether columns are stored in half types: on a GPU, and on its stand-in."""
     return test_device() == mx.gpu or os.environ.get("MLX_DEFORM_STAND_IN", "0") != "0"

@@ -1,7 +1,7 @@
-"""The Metal kernels, run on the CPU from the library's dispatch plans, against the oracle.
+"""The Metal and CUDA kernels, run on the CPU from the dispatch plans, against the oracle.
 
 Every kernel of every library (data type x index width) runs on every case that it fits,
-in three scheduling orders. See tests/metal for how a CPU runs them.
+in three scheduling orders. See tests/metal and tests/cuda_kernels for how a CPU runs them.
 """
 
 import mmap
@@ -12,6 +12,8 @@ import pytest
 
 import metal
 from cases import Config
+from cuda_kernels import CudaKernels, variants
+from cuda_kernels.variants import INDEX_BITS, WIDTHS
 from metal.problem import DTYPES, Problem, assert_near
 from mlx_deform import _ext
 
@@ -19,9 +21,7 @@ pytestmark = pytest.mark.skipif(
     metal.compiler_command() is None, reason="needs ziglang, clang++-22 or MSL_CXX"
 )
 
-INDEX_BITS = (32, 64)
 SEEDS = (0, 1, 2)  # of the scheduling order
-WIDTHS = {"float32": (1, 4), "float16": (1, 4, 8), "bfloat16": (1, 4, 8)}
 
 RAGGED = Config(
     N=2, H=5, W=7, C=48, O=30, kH=2, kW=3, stride=(2, 1), padding=(1, 2), dilation=(1, 2), G=2, DG=3
@@ -44,8 +44,21 @@ CASES = {
 
 
 @cache
-def kernels_of(dtype, index_bits):
+def metal_kernels(dtype, index_bits):
     return metal.load(_ext._metal_source(dtype, index_bits))
+
+
+@cache
+def cuda_kernels():
+    return CudaKernels([pair for pairs in variants.kernels().values() for pair in pairs])
+
+
+@pytest.fixture(params=["metal", "cuda"])
+def kernels_of(request):
+    """The kernels of a language, by data type and index width."""
+    if request.param == "metal":
+        return metal_kernels
+    return lambda dtype, index_bits: cuda_kernels()
 
 
 @cache
@@ -67,14 +80,15 @@ def fits(problem, width):
 @pytest.fixture(
     params=[(d, b) for d in DTYPES for b in INDEX_BITS], ids=lambda p: f"{p[0]}-i{p[1]}"
 )
-def library(request):
-    dtype, index_bits = request.param
-    return dtype, index_bits, kernels_of(dtype, index_bits)
+def types(request):
+    """A data type and an index width."""
+    return request.param
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_im2col(library, case):
-    dtype, index_bits, kernels = library
+def test_im2col(kernels_of, types, case):
+    dtype, index_bits = types
+    kernels = kernels_of(*types)
     problem = problem_of(case, dtype)
     want = problem.expected_columns()
     for width in WIDTHS[dtype]:
@@ -86,8 +100,9 @@ def test_im2col(library, case):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_col2im(library, case, deterministic):
-    dtype, index_bits, kernels = library
+def test_col2im(kernels_of, types, case, deterministic):
+    dtype, index_bits = types
+    kernels = kernels_of(*types)
     problem = problem_of(case, dtype)
     want = gradients_of(case, dtype)[0]
     for seed in SEEDS:
@@ -96,8 +111,9 @@ def test_col2im(library, case, deterministic):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_offset_grad(library, case):
-    dtype, index_bits, kernels = library
+def test_offset_grad(kernels_of, types, case):
+    dtype, index_bits = types
+    kernels = kernels_of(*types)
     problem = problem_of(case, dtype)
     _, want_offset, want_mask = gradients_of(case, dtype)
     has_mask = problem.config.has_mask
@@ -113,8 +129,9 @@ def test_offset_grad(library, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_column_product(library, case):
-    dtype, index_bits, kernels = library
+def test_column_product(types, case):
+    dtype, index_bits = types
+    kernels = metal_kernels(*types)
     problem = problem_of(case, dtype)
     want = problem.expected_column_product()
     for seed in SEEDS:
@@ -128,11 +145,11 @@ def test_column_product_of_several_tiles():
     problem = Problem(config, "float32", seed=6, begin=5)
     want = problem.expected_column_product()
     for options in ({}, {"max_threads": 128}, {"max_threads": 32}):
-        got = problem.column_product(kernels_of("float32", 32), 1, **options)
+        got = problem.column_product(metal_kernels("float32", 32), 1, **options)
         assert_near(got, want)
 
 
-def test_the_cases_run_every_kernel():
+def test_the_cases_run_every_metal_kernel():
     """Names as the sources instantiate them, against those that the tests above ask for."""
     for dtype in DTYPES:
         for index_bits in INDEX_BITS:
@@ -149,7 +166,7 @@ def test_the_cases_run_every_kernel():
                 for deterministic in (False, True):
                     plan = problem.plan("col2im", deterministic=deterministic, **options)
                     asked.add(plan["kernel"])
-            assert asked == set(kernels_of(dtype, index_bits).numbers)
+            assert asked == set(metal_kernels(dtype, index_bits).numbers)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,12 +183,14 @@ def test_the_plan_takes_the_widest_vector_that_fits(dtype):
 
 
 @pytest.mark.parametrize("max_threads", [32, 100, 128])
-def test_smaller_threadgroups_give_the_same(max_threads):
+def test_smaller_threadgroups_give_the_same(kernels_of, max_threads):
     """A pipeline that needs many registers allows fewer threads than the plan's group."""
     problem, kernels = problem_of("groups", "float16"), kernels_of("float16", 32)
     options = {"max_threads": max_threads}
     for op in ("im2col", "col2im", "offset_grad"):
-        assert np.prod(problem.plan(op, **options)["group"]) <= max_threads
+        plan = problem.plan(op, **options)
+        assert np.prod(plan["group"]) <= max_threads
+        assert plan["cuda"]["group"] == plan["group"]
     np.testing.assert_array_equal(problem.im2col(kernels, **options), problem.im2col(kernels))
     for got, want in zip(
         problem.offset_grad(kernels, **options), problem.offset_grad(kernels), strict=True
@@ -183,7 +202,7 @@ def test_smaller_threadgroups_give_the_same(max_threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ordered_col2im_is_bitwise_the_same_in_every_order(dtype):
+def test_ordered_col2im_is_bitwise_the_same_in_every_order(kernels_of, dtype):
     problem, kernels = problem_of("groups", dtype), kernels_of(dtype, 32)
     first = problem.col2im(kernels, 0, deterministic=True)
     scattered = problem.col2im(kernels, 0)
@@ -194,7 +213,7 @@ def test_ordered_col2im_is_bitwise_the_same_in_every_order(dtype):
     assert differs, "the orders must tell a sum that depends on them"
 
 
-def test_offset_grad_wraps_long_grids():
+def test_offset_grad_wraps_long_grids(kernels_of):
     problem, kernels = problem_of("groups", "float32"), kernels_of("float32", 32)
     plan = problem.plan("offset_grad", groups_per_row=3)
     assert plan["grid"][1] > 2
@@ -205,7 +224,7 @@ def test_offset_grad_wraps_long_grids():
 
 
 @pytest.mark.parametrize("wants", ["offset", "mask"])
-def test_either_gradient_alone(wants):
+def test_either_gradient_alone(kernels_of, wants):
     problem, kernels = problem_of("groups", "float32"), kernels_of("float32", 32)
     both = dict(zip(("offset", "mask"), problem.offset_grad(kernels), strict=True))
     alone = dict(
@@ -224,7 +243,7 @@ def test_either_gradient_alone(wants):
 
 @pytest.mark.parametrize("has_mask", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_offsets_beyond_every_bound(dtype, has_mask):
+def test_offsets_beyond_every_bound(kernels_of, dtype, has_mask):
     """NaN, infinite and huge coordinates, on either axis; borders; integers."""
     config = RAGGED.but(C=16, DG=2, has_mask=has_mask)
     problem, kernels = Problem(config, dtype, seed=3), kernels_of(dtype, 32)
@@ -246,7 +265,7 @@ def test_offsets_beyond_every_bound(dtype, has_mask):
 
 
 @pytest.mark.parametrize("pixel", [np.inf, -np.inf, np.nan])
-def test_pixels_beside_the_cell_do_not_leak(pixel):
+def test_pixels_beside_the_cell_do_not_leak(kernels_of, pixel):
     """A corner outside the image is not read: 0 times a border pixel would be NaN."""
     config = RAGGED.but(C=8, G=1, DG=1)
     problem, kernels = Problem(config, "float32", seed=5), kernels_of("float32", 32)
@@ -263,7 +282,7 @@ def test_pixels_beside_the_cell_do_not_leak(pixel):
     np.testing.assert_array_equal(np.isfinite(got_mask), np.isfinite(want_mask))
 
 
-def test_no_channels_and_no_pixels():
+def test_no_channels_and_no_pixels(kernels_of):
     config = RAGGED.but(N=0)
     problem, kernels = Problem(config), kernels_of("float32", 32)
     for op in ("im2col", "col2im", "offset_grad"):
@@ -279,11 +298,13 @@ def test_zero_fill(size):
     out = np.full(size, np.nan, np.float32)
     plan = _ext._dispatch_plan("zero_fill", {"size": size})
     with metal.guarded(out) as (copy,):
-        kernels_of("float32", 32).run(plan, {"out": copy, "size": np.int64(size).tobytes()}, seed=1)
+        metal_kernels("float32", 32).run(
+            plan, {"out": copy, "size": np.int64(size).tobytes()}, seed=1
+        )
     np.testing.assert_array_equal(out, np.zeros(size))
 
 
-def test_arrays_of_more_than_two_to_the_31_elements():
+def test_arrays_of_more_than_two_to_the_31_elements(kernels_of):
     """A pixel at the far end of an image whose memory is mostly never touched."""
     H, W, C = 40000, 30000, 2
     config = Config(
@@ -307,6 +328,7 @@ def test_arrays_of_more_than_two_to_the_31_elements():
     problem.offset = np.array([H - 1.75, W - 1.5]).reshape(1, 1, 1, 2)
     plan = problem.plan("im2col")
     assert plan["index_bits"] == 64
+    assert plan["cuda"]["index"] == "int64"
     with pytest.raises(ValueError, match="32-bit"):
         problem.plan("im2col", index_bits=32)
 
