@@ -1,4 +1,4 @@
-"""The Metal kernels under AddressSanitizer and ThreadSanitizer.
+"""The Metal and CUDA kernels under AddressSanitizer and ThreadSanitizer.
 
 The kernels' own sources are clean; with one line of them broken, the sanitizer that
 watches for it complains. Threads of a launch are fibers that ThreadSanitizer takes for
@@ -17,6 +17,9 @@ import pytest
 
 import metal
 from cases import Config
+from cuda_kernels import text_of
+from cuda_kernels.on_cpu import build_texts
+from cuda_kernels.on_cpu import launch as cuda_launch
 from metal.problem import Problem
 from mlx_deform import _ext
 
@@ -59,7 +62,7 @@ LAUNCHES = {
     "offset_grad": ("offset_grad", {}),
     "column_product": ("column_product", {}),
 }
-# A launch, a line of its kernel, what to put in its place, and who finds it.
+# A launch, a line of its Metal kernel, what to put in its place, and who finds it.
 ATOMIC_ADD = """        metal::atomic_fetch_add_explicit(
             grad_input + corner_index<Index>(corners, i, channel, p),
             share,
@@ -118,14 +121,58 @@ PLANTED = {
         "address",
     ),
 }
+# The same of CUDA.
+PLANTED_IN_CUDA = {
+    "race: scatter without atomics": (
+        "col2im",
+        """atomicAdd(
+            grad_input + corner_index<Index>(corners, i, channel, p), share);""",
+        "grad_input[corner_index<Index>(corners, i, channel, p)] += share;",
+        "thread",
+    ),
+    "race: rows of another warp": (
+        "col2im ordered",
+        "Index(block.y) * Index(p.W) * Index(p.C) + Index(channel);",
+        "Index(channel);",
+        "thread",
+    ),
+    "race: every lane writes the sum": (
+        "offset_grad",
+        "if (active && lane == 0) {",
+        "if (active) {",
+        "thread",
+    ),
+    "overrun: threads beyond the grid": (
+        "im2col",
+        """  if (!in_grid(at, launch)) {
+    return;
+  }
+""",
+        "",
+        "address",
+    ),
+    "overrun: a corner below the image": (
+        "col2im",
+        "if (cell.corner[i] && share != 0.0f) {",
+        "if (share != 0.0f) {",
+        "address",
+    ),
+    "overrun: a pixel more": (
+        "offset_grad",
+        "id.pixel < Index(p.pixel_end)",
+        "id.pixel <= Index(p.pixel_end)",
+        "address",
+    ),
+}
 
 
-def watch(sanitizer, launch, source, tmp_path, seed=1):
-    """The process that ran the launch."""
+def watch(sanitizer, launch, change, tmp_path, language="metal", seed=1):
+    """The process that ran the launch, of the source as `change` returns it."""
     op, options = LAUNCHES[launch]
     problem = Problem(CONFIG)
     # ThreadSanitizer tells 255 threads at once apart, and takes more for one another.
-    plan = problem.plan(op, max_threads=128, **options)
+    max_threads = 128 if sanitizer == "thread" else 256
+    plan = problem.plan(op, max_threads=max_threads, **options)
     outputs = {
         "columns": problem.empty_columns(),
         "grad_input": problem.stored("grad_input"),
@@ -138,7 +185,14 @@ def watch(sanitizer, launch, source, tmp_path, seed=1):
         if role != "params"
     }
     buffers["params"] = _ext._params_bytes(problem.fields)
-    build = metal.build(source, sanitize=sanitizer, compiler=[COMPILER])
+    if language == "metal":
+        source = change(_ext._metal_source("float32", 32))
+        build = metal.build(source, sanitize=sanitizer, compiler=[COMPILER])
+    else:
+        text = text_of(plan["cuda"], "float32")
+        text = text._replace(header=change(text.header))
+        build = build_texts([text], sanitize=sanitizer, compiler=[COMPILER])
+        plan, buffers = cuda_launch(plan["cuda"], text, buffers)
     job = tmp_path / "job.pickle"
     job.write_bytes(pickle.dumps((tuple(build), plan, buffers, seed)))
     environment = {
@@ -158,24 +212,32 @@ def watch(sanitizer, launch, source, tmp_path, seed=1):
     )
 
 
-@pytest.fixture(scope="module")
-def source():
-    return _ext._metal_source("float32", 32)
+def breaking(line, broken):
+    def change(source):
+        assert source.count(line) >= 1, "the line to break is no longer there"
+        return source.replace(line, broken)
+
+    return change
+
+
+CLEAN = [("metal", launch) for launch in LAUNCHES] + [
+    ("cuda", launch) for launch in LAUNCHES if launch != "column_product"
+]
+FAULTS = [("metal", fault) for fault in PLANTED] + [("cuda", fault) for fault in PLANTED_IN_CUDA]
 
 
 @pytest.mark.parametrize("sanitizer", RUNTIMES)
-@pytest.mark.parametrize("launch", LAUNCHES)
-def test_clean(sanitizer, launch, source, tmp_path):
-    process = watch(sanitizer, launch, source, tmp_path)
+@pytest.mark.parametrize(("language", "launch"), CLEAN)
+def test_clean(sanitizer, language, launch, tmp_path):
+    process = watch(sanitizer, launch, str, tmp_path, language)
     assert process.returncode == 0, process.stderr[:4000]
     assert "Sanitizer" not in process.stderr, process.stderr[:4000]
 
 
-@pytest.mark.parametrize("fault", PLANTED)
-def test_found(fault, source, tmp_path):
-    launch, line, broken, sanitizer = PLANTED[fault]
-    assert source.count(line) >= 1, "the line to break is no longer there"
-    process = watch(sanitizer, launch, source.replace(line, broken), tmp_path)
+@pytest.mark.parametrize(("language", "fault"), FAULTS)
+def test_found(language, fault, tmp_path):
+    launch, line, broken, sanitizer = {"metal": PLANTED, "cuda": PLANTED_IN_CUDA}[language][fault]
+    process = watch(sanitizer, launch, breaking(line, broken), tmp_path, language)
     assert process.returncode != 0
     assert COMPLAINTS[sanitizer] in process.stderr, process.stderr[:4000]
     assert f"deform_{LAUNCHES[launch][0]}" in process.stderr, "found elsewhere"
