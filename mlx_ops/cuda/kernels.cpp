@@ -13,7 +13,6 @@
 
 #include <functional>
 #include <map>
-#include <numeric>
 #include <optional>
 #include <string>
 

@@ -35,7 +35,8 @@ def installed():
         for root in sorted(Path(folder).glob("cu1*")):
             libraries = sorted((root / "lib").glob("libnvrtc.so.*"))
             include = root / "include"
-            if libraries and (include / "cuda_fp16.h").exists():
+            headers = ("cuda_fp16.h", "cooperative_groups.h", "cccl/cuda/std/array")
+            if libraries and all((include / header).exists() for header in headers):
                 return ctypes.CDLL(str(libraries[0])), [include, include / "cccl"]
     return None
 
