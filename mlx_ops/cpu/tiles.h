@@ -199,10 +199,11 @@ std::vector<int64_t> scatter_bounds(
       places.push_back(place);
     }
   }
-  std::sort(places.begin(), places.end());
   std::vector<int64_t> bounds{0};
   for (int i = 1; i < parts; ++i) {
-    bounds.push_back(places.empty() ? size : places[i * places.size() / parts]);
+    const auto cut = places.begin() + i * places.size() / parts;
+    std::nth_element(places.begin(), cut, places.end());
+    bounds.push_back(places.empty() ? size : *cut);
   }
   bounds.push_back(size);
   return bounds;
