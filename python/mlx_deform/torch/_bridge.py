@@ -1,0 +1,85 @@
+"""From tensors to MLX arrays and back: every call crosses once, under one lock.
+
+On MPS the memory is shared both ways, and the two runtimes' command queues know nothing of
+each other: torch's is waited for before MLX reads, MLX's before torch does. On the CPU
+there is nothing to wait for but MLX; the rest is the same.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import torch
+from torch import Tensor
+
+DTYPES = {
+    torch.float16: mx.float16,
+    torch.bfloat16: mx.bfloat16,
+    torch.float32: mx.float32,
+    torch.float64: mx.float64,
+}
+DEVICES = ("cpu", "mps")
+
+_CPU_DLPACK = (1, 0)  # kDLCPU, wherever MLX computes by default
+
+Function = Callable[..., Sequence[mx.array]]
+
+
+class _Runtime:
+    """MLX on one device. MLX ties a stream to its thread, and every thread that uses a CPU
+    stream leaves an OS thread behind; so all threads share one stream, and take turns."""
+
+    def __init__(self, device: str):
+        self.on_gpu = device == "mps"
+        self.stream = mx.new_thread_unsafe_stream(mx.gpu if self.on_gpu else mx.cpu)
+        self.process = os.getpid()
+        # What torch's queue may still be reading; nothing is, once it was waited for.
+        self.in_flight: list[mx.array] = []
+
+    def array(self, tensor: Tensor | None) -> mx.array | None:
+        # Without the type MLX would take a float64 for a float32.
+        return None if tensor is None else mx.asarray(tensor, dtype=DTYPES[tensor.dtype])
+
+    def tensor(self, array: mx.array) -> Tensor:
+        if self.on_gpu:
+            return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array.__dlpack__(dl_device=_CPU_DLPACK))
+
+    def call(self, function: Function, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        if self.on_gpu:
+            torch.mps.synchronize()
+            self.in_flight.clear()
+        with mx.stream(self.stream):
+            results = function(*map(self.array, tensors))
+            # Torch takes no negative strides and no offsets from others.
+            results = [mx.contiguous(result) for result in results]
+            mx.eval(results)
+        if self.on_gpu:
+            self.in_flight += results
+        return [self.tensor(result) for result in results]
+
+
+_lock = threading.Lock()
+_runtimes: dict[str, _Runtime] = {}
+
+
+def call(function: Function, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """``function`` of the tensors as MLX arrays, evaluated, as tensors.
+
+    The tensors are on one device of ``DEVICES``, not empty, and hold their memory in rows
+    (``None`` stays ``None``). The results are row-contiguous.
+    """
+    device = next(tensor for tensor in tensors if tensor is not None).device.type
+    runtime = _runtimes.get(device)
+    if runtime is not None and runtime.process != os.getpid():
+        # MLX's threads stayed in the parent: the child would wait for them for ever.
+        raise RuntimeError(
+            "[mlx_deform.torch] MLX cannot compute in a forked process whose parent used it; "
+            'start the process with the method "spawn"'
+        )
+    with _lock:
+        runtime = _runtimes.get(device)
+        if runtime is None:
+            runtime = _runtimes[device] = _Runtime(device)
+        return runtime.call(function, tensors)

@@ -1,0 +1,113 @@
+"""What the op accepts. Runs on real tensors and on fake ones, with sizes known or not."""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ._bridge import DTYPES
+
+Pair = tuple[int, int]
+
+
+class InvalidArgument(RuntimeError, ValueError):
+    """An argument breaks a rule; the message names the argument, the rule and the value.
+
+    torchvision raises RuntimeErrors here, mps-deform-conv and :mod:`mlx_deform` ValueErrors:
+    this is both.
+    """
+
+
+def refuse(rule: str, value: object) -> NoReturn:
+    raise InvalidArgument(f"[deform_conv2d] {rule}; got {value}")
+
+
+def pair(name: str, value: int | Pair, least: int) -> Pair:
+    """(rows, columns), from one number for both or from two."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(values) != 2 or not all(isinstance(number, int) for number in values):
+        refuse(f"{name} must be an int or a pair of ints", repr(value))
+    if min(values) < least:
+        refuse(f"{name} must be at least {least} on both axes", values)
+    return int(values[0]), int(values[1])
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def _check_tensors(input: Tensor, plans: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    if input.dtype not in DTYPES:
+        refuse("input must be float16, bfloat16, float32 or float64", input.dtype)
+    for name, tensor in {**plans, **values}.items():
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            refuse(f"{name} must be on the device of input, {input.device}", tensor.device)
+        # Half types cannot hold coordinates, so offset and mask may stay float32.
+        if tensor.dtype != input.dtype and (name in values or tensor.dtype != torch.float32):
+            also = "" if name in values else " or torch.float32"
+            refuse(f"{name} must have the type of input, {input.dtype}{also}", tensor.dtype)
+
+
+def _output_size(axis: str, size: int, kernel: int, stride: int, padding: int, dilation: int):
+    padded, extent = size + 2 * padding, dilation * (kernel - 1) + 1
+    if padded < extent:
+        refuse(
+            f"the padded input must be at least as long as the dilated kernel ({extent}) "
+            f"along {axis}",
+            padded,
+        )
+    return (padded - extent) // stride + 1
+
+
+def output_shape(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> tuple[int, int, int, int]:
+    """(N, C_out, H_out, W_out), after the checks."""
+    _check_tensors(input, {"offset": offset, "mask": mask}, {"weight": weight, "bias": bias})
+    stride = pair("stride", stride, 1)
+    padding = pair("padding", padding, 0)
+    dilation = pair("dilation", dilation, 1)
+
+    if input.dim() != 4:
+        refuse("input must have 4 axes, (N, C_in, H, W)", _shape(input))
+    if offset.dim() != 4:
+        refuse("offset must have 4 axes, (N, 2 * DG * kH * kW, H_out, W_out)", _shape(offset))
+    if weight.dim() != 4:
+        refuse("weight must have 4 axes, (C_out, C_in / G, kH, kW)", _shape(weight))
+    N, C, H, W = input.shape
+    O, C_group, kH, kW = weight.shape  # noqa: E741
+    if C == 0 or H == 0 or W == 0:
+        refuse("input must have no empty axis but the batch", _shape(input))
+    if O == 0 or C_group == 0 or kH == 0 or kW == 0:
+        refuse("weight must have no empty axis", _shape(weight))
+    if C % C_group != 0 or O % (C // C_group) != 0:
+        refuse(
+            "weight must have shape (C_out, C_in / G, kH, kW) with a number of groups G that "
+            f"divides C_out and C_in = {C}",
+            _shape(weight),
+        )
+    Ho = _output_size("H", H, kH, stride[0], padding[0], dilation[0])
+    Wo = _output_size("W", W, kW, stride[1], padding[1], dilation[1])
+
+    channels, taps = offset.shape[1], kH * kW
+    if channels == 0 or channels % (2 * taps) != 0:
+        refuse(f"offset must have a multiple of 2 * kH * kW = {2 * taps} channels", _shape(offset))
+    DG = channels // (2 * taps)
+    if C % DG != 0:
+        refuse(f"offset must have a number of groups DG that divides C_in = {C}", DG)
+    if offset.shape[0] != N or offset.shape[2] != Ho or offset.shape[3] != Wo:
+        refuse(f"offset must have shape ({N}, {channels}, {Ho}, {Wo})", _shape(offset))
+    if mask is not None and tuple(mask.shape) != (N, DG * taps, Ho, Wo):
+        refuse(f"mask must have shape ({N}, {DG * taps}, {Ho}, {Wo})", _shape(mask))
+    if bias is not None and tuple(bias.shape) != (O,):
+        refuse(f"bias must have shape ({O},)", _shape(bias))
+    return N, O, Ho, Wo

@@ -1,0 +1,38 @@
+"""Torch's (N, C, H, W) and MLX's (N, H, W, C): views where the memory allows, else one copy."""
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a result of this layer should be channels_last, as torch decides it."""
+    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """(N, A, B) as a row-contiguous (N, B, A)."""
+    N, A, B = tensor.shape
+    out = tensor.new_empty((N, B, A))
+    for n in range(N):
+        # Torch transposes a matrix by blocks, and anything of more axes element by element.
+        out[n].copy_(tensor[n].t())
+    return out
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """(N, C, H, W) as a row-contiguous (N, H, W, C)."""
+    rows = tensor.permute(0, 2, 3, 1)
+    if rows.is_contiguous():
+        return rows
+    if tensor.is_contiguous():
+        N, C, H, W = tensor.shape
+        return _transposed(tensor.view(N, C, H * W)).view(N, H, W, C)
+    return rows.contiguous()
+
+
+def channels_first(rows: Tensor, like: Tensor) -> Tensor:
+    """A row-contiguous (N, H, W, C) as (N, C, H, W) in the memory format of ``like``."""
+    if is_channels_last(like):
+        return rows.permute(0, 3, 1, 2)
+    N, H, W, C = rows.shape
+    return _transposed(rows.view(N, H * W, C)).view(N, C, H, W)

@@ -1,0 +1,110 @@
+"""torchvision's operator, computed by MLX for as long as one likes."""
+
+import threading
+import warnings
+
+import torch
+
+from . import _ops
+from ._bridge import DEVICES
+
+_lock = threading.Lock()
+_patches = 0
+_library: torch.library.Library | None = None
+
+
+def _deform_conv2d(
+    input,
+    weight,
+    offset,
+    mask,
+    bias,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    groups,
+    offset_groups,
+    use_mask,
+):
+    return _ops.deform_conv2d(
+        input,
+        offset,
+        weight,
+        bias,
+        mask if use_mask else None,
+        (stride_h, stride_w),
+        (pad_h, pad_w),
+        (dilation_h, dilation_w),
+    )
+
+
+def _override() -> torch.library.Library:
+    try:
+        import torchvision.extension
+    except ImportError:
+        raise RuntimeError("[patch_torchvision] torchvision is not installed") from None
+    torchvision.extension._assert_has_ops()
+    library = torch.library.Library("torchvision", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for device in DEVICES:
+            # Tensors of inference mode come to the second alone.
+            library.impl("deform_conv2d", _deform_conv2d, f"Autograd{device.upper()}")
+            library.impl("deform_conv2d", _deform_conv2d, device.upper())
+    return library
+
+
+class patch_torchvision:
+    """Lets MLX compute ``torchvision.ops.deform_conv2d`` of tensors on the CPU and on MPS.
+
+    As a plain call it holds until :meth:`undo`, as a context manager to the end of the block.
+    It replaces the kernels of the operator ``torchvision::deform_conv2d`` in torch's dispatcher,
+    so it reaches whatever calls that, on all threads: ``torchvision.ops.deform_conv2d`` under
+    any name that a module imported it by before, ``torchvision.ops.DeformConv2d`` layers that
+    exist already, scripted, traced and exported models. Tensors on other devices are
+    torchvision's as before. Not reached are graphs that ``torch.compile`` made before (they
+    hold what they were compiled with, also when the patch ends: ``torch.compiler.reset()``
+    drops them), and models that call a deformable convolution other than torchvision's.
+
+    Arguments, results and errors are those of :func:`mlx_deform.torch.deform_conv2d`.
+
+    Raises:
+        RuntimeError: If torchvision is not installed, or lacks its operators.
+
+    Example:
+        >>> import torch, torchvision
+        >>> from mlx_deform.torch import patch_torchvision
+        >>> layer = torchvision.ops.DeformConv2d(16, 32, kernel_size=3, padding=1)
+        >>> x, offset = torch.randn(1, 16, 24, 24), torch.zeros(1, 2 * 3 * 3, 24, 24)
+        >>> with patch_torchvision():
+        ...     y = layer(x, offset)
+    """
+
+    def __init__(self):
+        global _patches, _library
+        self._active = True
+        with _lock:
+            if _patches == 0:
+                _library = _override()
+            _patches += 1
+
+    def undo(self) -> None:
+        """Gives torchvision its own kernels back, unless another patch still holds."""
+        global _patches, _library
+        with _lock:
+            if not self._active:
+                return
+            self._active = False
+            _patches -= 1
+            if _patches == 0:
+                _library._destroy()
+                _library = None
+
+    def __enter__(self) -> "patch_torchvision":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.undo()
