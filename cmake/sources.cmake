@@ -51,4 +51,5 @@ set(MLX_DEFORM_BINDING_SOURCES
     python/src/module.cpp
     python/src/deform_conv2d.cpp
     python/src/deform_im2col.cpp
-    python/src/dispatch.cpp)
+    python/src/dispatch.cpp
+    python/src/memory.cpp)

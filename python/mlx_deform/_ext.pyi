@@ -2,6 +2,7 @@ from collections.abc import Sequence
 
 import mlx.core
 
+def _borrow(address: int, shape: Sequence[int], dtype: mlx.core.Dtype) -> mlx.core.array: ...
 def _set_portable(value: bool) -> bool: ...
 def deform_conv2d(
     input: mlx.core.array,

@@ -44,6 +44,7 @@ NB_MODULE(_ext, m) {
   init_deform_conv2d(m);
   init_deform_im2col(m);
   init_dispatch(m);
+  init_memory(m);
   m.def(
       "_set_portable",
       &mlx_deform::set_portable,

@@ -30,5 +30,8 @@ mlx_deform::Geometry to_geometry(
 void init_deform_conv2d(nb::module_& m);
 void init_deform_im2col(nb::module_& m);
 
+// A private function of mlx_deform.torch: memory of another library's.
+void init_memory(nb::module_& m);
+
 // Private functions for tests: the GPU's dispatch plan.
 void init_dispatch(nb::module_& m);

@@ -13,6 +13,8 @@ import mlx.core as mx
 import torch
 from torch import Tensor
 
+from .._ext import _borrow
+
 DTYPES = {
     torch.float16: mx.float16,
     torch.bfloat16: mx.bfloat16,
@@ -22,6 +24,10 @@ DTYPES = {
 DEVICES = ("cpu", "mps")
 
 _CPU_DLPACK = (1, 0)  # kDLCPU, wherever MLX computes by default
+
+# MLX's builds for a GPU adopt what DLPack offers where they can, the one for the CPU alone
+# copies all of it.
+_SHARES_NO_CPU_MEMORY = not mx.is_available(mx.gpu)
 
 Function = Callable[..., Sequence[mx.array]]
 
@@ -38,13 +44,22 @@ class _Runtime:
         self.in_flight: list[mx.array] = []
 
     def array(self, tensor: Tensor | None) -> mx.array | None:
+        if tensor is None:
+            return None
+        dtype = DTYPES[tensor.dtype]
+        if _SHARES_NO_CPU_MEMORY:
+            return _borrow(tensor.data_ptr(), tensor.shape, dtype)
         # Without the type MLX would take a float64 for a float32.
-        return None if tensor is None else mx.asarray(tensor, dtype=DTYPES[tensor.dtype])
+        return mx.asarray(tensor, dtype=dtype)
 
-    def tensor(self, array: mx.array) -> Tensor:
+    def tensor(self, array: mx.array, borrowed: set[int]) -> Tensor:
         if self.on_gpu:
-            return torch.from_dlpack(array)
-        return torch.utils.dlpack.from_dlpack(array.__dlpack__(dl_device=_CPU_DLPACK))
+            tensor = torch.from_dlpack(array)
+        else:
+            tensor = torch.utils.dlpack.from_dlpack(array.__dlpack__(dl_device=_CPU_DLPACK))
+        # MLX hands an argument on where there is nothing to compute, as in a sum over axes of
+        # length 1. An operator's result must not be its argument.
+        return tensor.clone() if tensor.data_ptr() in borrowed else tensor
 
     def call(self, function: Function, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         if self.on_gpu:
@@ -57,7 +72,8 @@ class _Runtime:
             mx.eval(results)
         if self.on_gpu:
             self.in_flight += results
-        return [self.tensor(result) for result in results]
+        borrowed = {tensor.data_ptr() for tensor in tensors if tensor is not None}
+        return [self.tensor(result, borrowed) for result in results]
 
 
 _lock = threading.Lock()
@@ -67,8 +83,8 @@ _runtimes: dict[str, _Runtime] = {}
 def call(function: Function, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """``function`` of the tensors as MLX arrays, evaluated, as tensors.
 
-    The tensors are on one device of ``DEVICES``, not empty, and hold their memory in rows
-    (``None`` stays ``None``). The results are row-contiguous.
+    The tensors are on one device of ``DEVICES``, not empty and row-contiguous (``None`` stays
+    ``None``). The results are row-contiguous and share no memory with them.
     """
     device = next(tensor for tensor in tensors if tensor is not None).device.type
     runtime = _runtimes.get(device)

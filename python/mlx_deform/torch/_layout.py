@@ -3,6 +3,10 @@
 import torch
 from torch import Tensor
 
+# Torch transposes a matrix by blocks, but more axes element by element. From this many
+# elements a matrix on, that pays for the calls.
+LARGE = 2**14
+
 
 def is_channels_last(tensor: Tensor) -> bool:
     """Whether a result of this layer should be channels_last, as torch decides it."""
@@ -10,11 +14,12 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    """(N, A, B) as a row-contiguous (N, B, A)."""
+    """A row-contiguous (N, A, B) as a row-contiguous (N, B, A)."""
     N, A, B = tensor.shape
+    if A * B < LARGE:
+        return tensor.mT.contiguous()
     out = tensor.new_empty((N, B, A))
     for n in range(N):
-        # Torch transposes a matrix by blocks, and anything of more axes element by element.
         out[n].copy_(tensor[n].t())
     return out
 
@@ -22,12 +27,10 @@ def _transposed(tensor: Tensor) -> Tensor:
 def channels_last(tensor: Tensor) -> Tensor:
     """(N, C, H, W) as a row-contiguous (N, H, W, C)."""
     rows = tensor.permute(0, 2, 3, 1)
-    if rows.is_contiguous():
-        return rows
-    if tensor.is_contiguous():
-        N, C, H, W = tensor.shape
-        return _transposed(tensor.view(N, C, H * W)).view(N, H, W, C)
-    return rows.contiguous()
+    if rows.is_contiguous() or not tensor.is_contiguous():
+        return rows.contiguous()
+    N, C, H, W = tensor.shape
+    return _transposed(tensor.view(N, C, H * W)).view(N, H, W, C)
 
 
 def channels_first(rows: Tensor, like: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _mlx_double_backward(geometry, wanted):
             if primals:
                 out = mx.jvp(function, primals, only(given, tangents))[1][0]
                 return out if t_bias is None else out + t_bias
-            return mx.broadcast_to(t_bias, convolution(*arguments).shape)
+            return mx.broadcast_to(t_bias, convolution(*arguments).shape)  # that is not evaluated
 
         primals = (input, offset, weight, mask)
         results = []
@@ -135,9 +135,9 @@ def _mlx_double_backward(geometry, wanted):
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or tensor.dim() != 4:
-        return tensor
-    return channels_last(tensor)
+    if tensor is None:
+        return None
+    return channels_last(tensor) if tensor.dim() == 4 else tensor.contiguous()
 
 
 def _call(function, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:

@@ -6,8 +6,6 @@ would be lost from exported graphs, and `torch.library.register_autograd` knows 
 `torch.func` nor forward mode.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
@@ -32,12 +30,15 @@ def _apply(function: type, *arguments):
 
 def _below(operator, *arguments):
     """The operator at the next level of torch.func, if there is one, else on the device."""
-    with contextlib.ExitStack() as stack:
-        if _in_transform():
-            # A Function's forward runs without gradients; the levels below want theirs.
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autograd.forward_ad._set_fwd_grad_enabled(True))
-        stack.enter_context(torch._C._AutoDispatchBelowAutograd())
+    if not _in_transform():
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+    # A Function's forward runs without gradients; the levels below want theirs.
+    with (
+        torch.enable_grad(),
+        torch.autograd.forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
         return operator(*arguments)
 
 
