@@ -25,29 +25,27 @@ def refuse(rule: str, value: object) -> NoReturn:
 def pair(name: str, value: int | Pair, least: int) -> Pair:
     """(rows, columns), from one number for both or from two."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(values) != 2 or not all(isinstance(number, int) for number in values):
+    if len(values) != 2 or not (isinstance(values[0], int) and isinstance(values[1], int)):
         refuse(f"{name} must be an int or a pair of ints", repr(value))
-    if min(values) < least:
-        refuse(f"{name} must be at least {least} on both axes", values)
-    return int(values[0]), int(values[1])
+    _check_pair(name, values, least)
+    return values
+
+
+def _check_pair(name: str, values: Pair, least: int) -> None:
+    if values[0] < least or values[1] < least:
+        refuse(f"{name} must be at least {least} on both axes", tuple(values))
 
 
 def _shape(tensor: Tensor) -> str:
     return f"shape {tuple(tensor.shape)}"
 
 
-def _check_tensors(input: Tensor, plans: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    if input.dtype not in DTYPES:
-        refuse("input must be float16, bfloat16, float32 or float64", input.dtype)
-    for name, tensor in {**plans, **values}.items():
-        if tensor is None:
-            continue
-        if tensor.device != input.device:
-            refuse(f"{name} must be on the device of input, {input.device}", tensor.device)
-        # Half types cannot hold coordinates, so offset and mask may stay float32.
-        if tensor.dtype != input.dtype and (name in values or tensor.dtype != torch.float32):
-            also = "" if name in values else " or torch.float32"
-            refuse(f"{name} must have the type of input, {input.dtype}{also}", tensor.dtype)
+def _check_tensor(name: str, tensor: Tensor, input: Tensor, may_be_float32: bool) -> None:
+    if tensor.device != input.device:
+        refuse(f"{name} must be on the device of input, {input.device}", tensor.device)
+    if tensor.dtype != input.dtype and not (may_be_float32 and tensor.dtype == torch.float32):
+        also = " or torch.float32" if may_be_float32 else ""
+        refuse(f"{name} must have the type of input, {input.dtype}{also}", tensor.dtype)
 
 
 def _output_size(axis: str, size: int, kernel: int, stride: int, padding: int, dilation: int):
@@ -72,10 +70,18 @@ def output_shape(
     dilation: Pair,
 ) -> tuple[int, int, int, int]:
     """(N, C_out, H_out, W_out), after the checks."""
-    _check_tensors(input, {"offset": offset, "mask": mask}, {"weight": weight, "bias": bias})
-    stride = pair("stride", stride, 1)
-    padding = pair("padding", padding, 0)
-    dilation = pair("dilation", dilation, 1)
+    if input.dtype not in DTYPES:
+        refuse("input must be float16, bfloat16, float32 or float64", input.dtype)
+    # Half types cannot hold coordinates, so offset and mask may stay float32.
+    _check_tensor("offset", offset, input, True)
+    _check_tensor("weight", weight, input, False)
+    if bias is not None:
+        _check_tensor("bias", bias, input, False)
+    if mask is not None:
+        _check_tensor("mask", mask, input, True)
+    _check_pair("stride", stride, 1)
+    _check_pair("padding", padding, 0)
+    _check_pair("dilation", dilation, 1)
 
     if input.dim() != 4:
         refuse("input must have 4 axes, (N, C_in, H, W)", _shape(input))

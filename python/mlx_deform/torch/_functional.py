@@ -65,14 +65,14 @@ def deform_conv2d(
         Dai et al., "Deformable Convolutional Networks", arXiv:1703.06211;
         Zhu et al., "Deformable ConvNets v2", arXiv:1811.11168.
     """
-    tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    for name, tensor in tensors.items():
-        optional = name in ("bias", "mask")
-        if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
-            raise TypeError(
-                f"[deform_conv2d] {name} must be a tensor{' or None' if optional else ''}; "
-                f"got {type(tensor).__name__}"
-            )
+    for name, tensor in zip(_ops.ARGUMENTS, (input, offset, weight, bias, mask), strict=True):
+        if not isinstance(tensor, Tensor):
+            optional = name in ("bias", "mask")
+            if not (optional and tensor is None):
+                raise TypeError(
+                    f"[deform_conv2d] {name} must be a tensor{' or None' if optional else ''}; "
+                    f"got {type(tensor).__name__}"
+                )
     return _ops.deform_conv2d(
         input,
         offset,

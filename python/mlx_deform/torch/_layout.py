@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 # Torch transposes a matrix by blocks, but more axes element by element. From this many
-# elements a matrix on, that pays for the calls.
+# elements an image on, that pays for the calls.
 LARGE = 2**14
 
 
@@ -13,29 +13,29 @@ def is_channels_last(tensor: Tensor) -> bool:
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def _transposed(tensor: Tensor) -> Tensor:
+def _transposed(images: Tensor) -> Tensor:
     """A row-contiguous (N, A, B) as a row-contiguous (N, B, A)."""
-    N, A, B = tensor.shape
-    if A * B < LARGE:
-        return tensor.mT.contiguous()
-    out = tensor.new_empty((N, B, A))
+    N, A, B = images.shape
+    out = images.new_empty((N, B, A))
     for n in range(N):
-        out[n].copy_(tensor[n].t())
+        out[n].copy_(images[n].t())
     return out
 
 
 def channels_last(tensor: Tensor) -> Tensor:
     """(N, C, H, W) as a row-contiguous (N, H, W, C)."""
-    rows = tensor.permute(0, 2, 3, 1)
-    if rows.is_contiguous() or not tensor.is_contiguous():
-        return rows.contiguous()
     N, C, H, W = tensor.shape
+    if C * H * W < LARGE or not tensor.is_contiguous():
+        return tensor.permute(0, 2, 3, 1).contiguous()
     return _transposed(tensor.view(N, C, H * W)).view(N, H, W, C)
 
 
 def channels_first(rows: Tensor, like: Tensor) -> Tensor:
     """A row-contiguous (N, H, W, C) as (N, C, H, W) in the memory format of ``like``."""
+    tensor = rows.permute(0, 3, 1, 2)
     if is_channels_last(like):
-        return rows.permute(0, 3, 1, 2)
-    N, H, W, C = rows.shape
+        return tensor
+    N, C, H, W = tensor.shape
+    if C * H * W < LARGE:
+        return tensor.contiguous()
     return _transposed(rows.view(N, H * W, C)).view(N, C, H, W)
