@@ -20,14 +20,6 @@ def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _apply(function: type, *arguments):
-    if not _in_transform():
-        return function.apply(*arguments)
-    # The dispatcher has peeled off one level of torch.func, which is this Function's.
-    with enable_single_level_autograd_function():
-        return function.apply(*arguments)
-
-
 def _below(operator, *arguments):
     """The operator at the next level of torch.func, if there is one, else on the device."""
     if not _in_transform():
@@ -40,6 +32,17 @@ def _below(operator, *arguments):
         torch._C._AutoDispatchBelowAutograd(),
     ):
         return operator(*arguments)
+
+
+def _apply(function: type, operator, *arguments):
+    if _in_transform():
+        # The dispatcher has peeled off one level of torch.func, which is this Function's.
+        with enable_single_level_autograd_function():
+            return function.apply(*arguments)
+    in_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if torch.is_grad_enabled() or in_forward_mode:
+        return function.apply(*arguments)
+    return _below(operator, *arguments)
 
 
 def _save(ctx, *tensors):
@@ -122,15 +125,19 @@ class _DoubleBackward(_SingleLevelFunction):
 
 
 def _forward_autograd(*arguments):
-    return _apply(_Forward, *arguments)
+    return _apply(_Forward, _ops.deform_conv2d, *arguments)
 
 
 def _backward_autograd(*arguments):
-    return list(_apply(_Backward, *arguments)) if any(arguments[-1]) else []
+    if not any(arguments[-1]):
+        return []
+    return list(_apply(_Backward, _ops.backward, *arguments))
 
 
 def _double_backward_autograd(*arguments):
-    return list(_apply(_DoubleBackward, *arguments)) if any(arguments[-1]) else []
+    if not any(arguments[-1]):
+        return []
+    return list(_apply(_DoubleBackward, _ops.double_backward, *arguments))
 
 
 library.impl("deform_conv2d", _forward_autograd, "Autograd")
