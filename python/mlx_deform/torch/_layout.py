@@ -37,5 +37,6 @@ def channels_first(rows: Tensor, like: Tensor) -> Tensor:
         return tensor
     N, C, H, W = tensor.shape
     if C * H * W < LARGE:
-        return tensor.contiguous()
+        # Not contiguous(), which keeps odd strides of axes of length 1.
+        return tensor.new_empty((N, C, H, W)).copy_(tensor)
     return _transposed(rows.view(N, H * W, C)).view(N, C, H, W)
