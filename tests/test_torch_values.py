@@ -1,5 +1,6 @@
 """The bridge computes what torchvision computes: values, gradients, types, layouts, errors."""
 
+# ruff: noqa: E402  (torch may not be installed)
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -18,6 +19,7 @@ from torch_bridge import (
     assert_same,
     convolve,
     given,
+    one_thread,  # noqa: F401
     relative_error,
     results,
     tensors,
@@ -26,15 +28,6 @@ from torch_bridge import (
 oracle = torchvision.ops.deform_conv2d
 TOLERANCE = 1e-9 if torch.float64 == DTYPE else 1e-4
 CHANNELS_LAST = torch.channels_last
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The arrays are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("seed", range(200))

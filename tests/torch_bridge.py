@@ -1,5 +1,6 @@
 """What the tests of mlx_deform.torch share. Tensors are on MPS where MLX and torch both have it."""
 
+# ruff: noqa: E402  (torch may not be installed)
 import numpy as np
 import pytest
 
@@ -16,6 +17,15 @@ CONFIG = Config(N=2, H=7, W=9, C=12, O=10, G=2, DG=3)  # no two sizes alike
 SMALL = Config(
     N=2, H=4, W=5, C=4, O=6, kH=2, kW=1, stride=(1, 2), padding=(1, 0), dilation=(2, 1), G=2, DG=2
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The arrays are too small to share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def channels_first(array):

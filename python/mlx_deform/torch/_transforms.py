@@ -51,6 +51,9 @@ def _save(ctx, *tensors):
     ctx.save_for_forward(*tensors)
 
 
+_NO_MORE = "[deform_conv2d] has first and second derivatives alone"
+
+
 class _Forward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, input, offset, weight, bias, mask, *geometry):
@@ -112,16 +115,31 @@ class _Backward(_SingleLevelFunction):
 
 class _DoubleBackward(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx, grad, input, offset, weight, mask, *rest):
+        *tangents, stride, padding, dilation, ctx.wanted = rest
+        _save(ctx, input, offset, weight, mask, *tangents)
+        ctx.geometry = (stride, padding, dilation)
+        arguments = (grad, input, offset, weight, mask, *rest)
         return tuple(_below(_ops.double_backward, *arguments))
 
     @staticmethod
     def backward(ctx, *cotangents):
-        raise NotImplementedError("[deform_conv2d] has first and second derivatives alone")
+        # The first of the results, f'(x) t, is a first derivative.
+        first, *others = spread(ctx.wanted, cotangents)
+        if any(cotangent is not None for cotangent in others):
+            raise NotImplementedError(_NO_MORE)
+        if first is None:
+            return (None,) * 14
+        primals, tangents = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        needs = (False, *ctx.needs_input_grad[1:5])
+        by_primals = _ops.double_backward(first, *primals, *tangents, *ctx.geometry, needs)
+        needs_t = ctx.needs_input_grad[5:10]
+        by_tangents = _ops.backward(first, *primals, *ctx.geometry, needs_t)
+        return (*spread(needs, by_primals), *spread(needs_t, by_tangents), *(None,) * 4)
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise NotImplementedError("[deform_conv2d] has first and second derivatives alone")
+        raise NotImplementedError(_NO_MORE)
 
 
 def _forward_autograd(*arguments):
