@@ -93,6 +93,31 @@ def test_layers_scripts_and_inference(calls):
     assert len(calls) == 5
 
 
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_models_compiled_before(calls, has_mask):
+    """Their graphs call torchvision's operators, also its backward, and know its strides."""
+    config = CONFIG.but(has_mask=has_mask)
+    torch.compiler.reset()
+
+    def function(*arguments, **settings):
+        return imported_before(*arguments, **settings)
+
+    compiled = torch.compile(function, backend="aot_eager")
+    arguments = tensors(config, device="cpu", dtype=torch.float64)
+    if has_mask:
+        last = torch.channels_last
+        arguments["input"] = arguments["input"].contiguous(memory_format=last)
+    for name, tensor in arguments.items():
+        if tensor is not None:
+            tensor.requires_grad_(name != "cotangent")
+    want = results(compiled, config, arguments)
+    assert not calls
+    with bridge.patch_torchvision():
+        assert_same(results(compiled, config, arguments), want, TOLERANCE)
+    assert len(calls) == 2
+    torch.compiler.reset()
+
+
 def test_patches_nest_and_end_once(calls):
     arguments = tensors(CONFIG, device="cpu")
     first = bridge.patch_torchvision()

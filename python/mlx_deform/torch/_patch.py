@@ -41,6 +41,23 @@ def _deform_conv2d(
     )
 
 
+def _below_autograd(*arguments):
+    # Compiled graphs hold torchvision's strides, which are contiguous for every input.
+    return _deform_conv2d(*arguments).contiguous()
+
+
+def _deform_conv2d_backward(grad, input, weight, offset, mask, bias, *settings):
+    """All the gradients, as torchvision's; compiled graphs call it."""
+    *settings, _, _, use_mask = settings
+    geometry = (settings[0:2], settings[2:4], settings[4:6])
+    wanted = (True, True, True, True, bool(use_mask))
+    gradients = _ops.backward(
+        grad, input, offset, weight, mask if use_mask else None, *geometry, wanted
+    )
+    g_input, g_offset, g_weight, g_bias, *g_mask = (each.contiguous() for each in gradients)
+    return g_input, g_weight, g_offset, *(g_mask or [torch.zeros_like(mask)]), g_bias
+
+
 def _override() -> torch.library.Library:
     try:
         import torchvision.extension
@@ -51,10 +68,18 @@ def _override() -> torch.library.Library:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         for device in DEVICES:
-            # Tensors of inference mode come to the second alone.
             library.impl("deform_conv2d", _deform_conv2d, f"Autograd{device.upper()}")
-            library.impl("deform_conv2d", _deform_conv2d, device.upper())
+            # What inference mode and compiled graphs call.
+            library.impl("deform_conv2d", _below_autograd, device.upper())
+            library.impl("_deform_conv2d_backward", _deform_conv2d_backward, device.upper())
     return library
+
+
+def _forget_kernels() -> None:
+    """Torch's Python dispatcher, which compiling uses, keeps what it found before."""
+    operators = torch.ops.torchvision
+    for operator in (operators.deform_conv2d, operators._deform_conv2d_backward):
+        operator.default._dispatch_cache.clear()
 
 
 class patch_torchvision:
@@ -64,10 +89,10 @@ class patch_torchvision:
     It replaces the kernels of the operator ``torchvision::deform_conv2d`` in torch's dispatcher,
     so it reaches whatever calls that, on all threads: ``torchvision.ops.deform_conv2d`` under
     any name that a module imported it by before, ``torchvision.ops.DeformConv2d`` layers that
-    exist already, scripted, traced and exported models. Tensors on other devices are
-    torchvision's as before. Not reached are graphs that ``torch.compile`` made before (they
-    hold what they were compiled with, also when the patch ends: ``torch.compiler.reset()``
-    drops them), and models that call a deformable convolution other than torchvision's.
+    exist already, scripted, traced, exported and compiled models. Tensors on other devices are
+    torchvision's as before. Not reached are deformable convolutions other than torchvision's.
+    A graph that ``torch.compile`` makes within keeps MLX afterwards, until
+    ``torch.compiler.reset()``.
 
     Arguments, results and errors are those of :func:`mlx_deform.torch.deform_conv2d`.
 
@@ -89,6 +114,7 @@ class patch_torchvision:
         with _lock:
             if _patches == 0:
                 _library = _override()
+                _forget_kernels()
             _patches += 1
 
     def undo(self) -> None:
@@ -101,6 +127,7 @@ class patch_torchvision:
             _patches -= 1
             if _patches == 0:
                 _library._destroy()
+                _forget_kernels()
                 _library = None
 
     def __enter__(self) -> "patch_torchvision":
