@@ -93,3 +93,22 @@ def test_products_are_cut_into_pieces_that_cover_them():
     assert sum(rows) == product.M == 256 * 256
     assert all(4 * product.K * piece <= 10_000_000 for piece in rows)
     assert product.flops == 2 * 256 * 256 * 49 * 64 * 256
+
+
+def test_the_bridge_beside_torchvision(capsys, monkeypatch):
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    import torch_bridge
+
+    for name in ("MLX_DEFORM_NUM_THREADS", "MLX_ENABLE_TF32"):
+        monkeypatch.setenv(name, "1")
+    few = ["--cases", TINY, "--seconds", "0.01", "--repeats", "2", "--threads", "1"]
+    assert torch_bridge.main(few) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith(f"{TINY} ")]) == 4
+    monkeypatch.setattr(problem, "check_against", _mismatch)
+    assert torch_bridge.main(few) == 1
+    assert "disagrees with torchvision" in capsys.readouterr().out
+
+
+def _mismatch(*arguments, **settings):
+    raise problem.Mismatch("output")

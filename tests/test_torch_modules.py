@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 import mlx_deform.torch as bridge
-from torch_bridge import DEVICE, DTYPE, relative_error
+from torch_cases import DEVICE, DTYPE, relative_error
 
 
 def drawn(layer, *arguments, **settings):

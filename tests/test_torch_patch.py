@@ -13,7 +13,7 @@ from torchvision.ops import deform_conv2d as imported_before
 
 import mlx_deform.torch as bridge
 from mlx_deform.torch import _bridge
-from torch_bridge import (
+from torch_cases import (
     CONFIG,
     DEVICE,
     DTYPE,

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 import mlx_deform.torch as bridge
 from mlx_deform.torch import _bridge
 from test_threads import run_in_threads
-from torch_bridge import (
+from torch_cases import (
     CONFIG,
     DEVICE,
     DTYPE,

@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 import mlx_deform.torch as bridge
-from torch_bridge import (
+from torch_cases import (
     CONFIG,
     DEVICE,
     DTYPE,

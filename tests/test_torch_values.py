@@ -12,7 +12,7 @@ import mlx_deform.torch as bridge
 from cases import random_config
 from mlx_deform.torch import _bridge
 from numerics import EPS
-from torch_bridge import (
+from torch_cases import (
     CONFIG,
     DEVICE,
     DTYPE,
