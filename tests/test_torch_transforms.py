@@ -318,3 +318,34 @@ def test_autocast_after_a_convolution_that_it_casts():
     with torch.autocast(DEVICE, torch.bfloat16):
         assert layer(x).dtype == torch.float32  # offsets and mask are bfloat16
         assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_operators_of_derivatives_check_their_arguments():
+    input, offset, weight, _, mask = values(31)
+    primals, geometry = (input, offset, weight, mask), GEOMETRY
+    grad = torch.zeros_like(function(*values(31)))
+    backward, double_backward = (
+        operators.deform_conv2d_backward,
+        operators.deform_conv2d_double_backward,
+    )
+    none = (None,) * 5
+    calls = {
+        "grad must have shape": (backward, grad[1:], *primals, *geometry, ALL),
+        "grad must have type": (backward, grad.half(), *primals, *geometry, ALL),
+        "mask must be given where its gradient": (
+            *(backward, grad, *primals[:3], None),
+            *(*geometry, ALL),
+        ),
+        "one tangent": (double_backward, grad, *primals, *none, *geometry, ALL),
+        "t_offset must have shape": (
+            *(double_backward, grad, *primals),
+            *(None, mask, None, None, None, *geometry, ALL),
+        ),
+        "grad must be given": (
+            *(double_backward, None, *primals),
+            *(input, None, None, None, None, *geometry, ALL),
+        ),
+    }
+    for message, (operator, *arguments) in calls.items():
+        with pytest.raises(bridge.InvalidArgument, match=message):
+            operator(*arguments)
