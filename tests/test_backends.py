@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,50 +22,67 @@ GRADIENTS = "test_deform_conv2d_gradients.py"
 HALF = "test_deform_conv2d_half.py"
 IM2COL = "test_deform_im2col.py"
 SPECIAL = "test_deform_conv2d_special.py"
-STAND_IN = {"MLX_DEFORM_STAND_IN": "1", "MLX_DEFORM_TEST_DEVICE": "cpu"}
+STAND_IN = {"MLX_DEFORM_STAND_IN": "1"}
+OWN_OUTPUTS = {"MLX_DEFORM_STAND_IN": "own"}
+SMALL_CHUNKS = {"MLX_DEFORM_COLUMN_BUDGET_MB": "0.002"}
 
 without_a_gpu = pytest.mark.skipif(
     test_device() != mx.cpu, reason="a build with a GPU has no stand-in for it"
 )
 
 
-def run_tests(environment, *arguments):
+# What to run, by name: the environment and the files.
+RUNS = {
+    "baseline": ({"MLX_DEFORM_ISA": "baseline"}, [FORWARD, HALF]),
+    # As on Metal, where kernels write in place.
+    "in-place": (STAND_IN, [FORWARD, HALF, IM2COL]),
+    "in-place-chunks": (STAND_IN | SMALL_CHUNKS, [FORWARD, GRADIENTS, SPECIAL]),
+    # As on CUDA, where each has outputs of its own.
+    "own-outputs": (OWN_OUTPUTS, [IM2COL]),
+    "own-outputs-chunks": (OWN_OUTPUTS | SMALL_CHUNKS, [GRADIENTS]),
+}
+
+
+def run_tests(environment, files):
+    # Several run side by side, each with one thread.
+    common = {"MLX_DEFORM_TEST_DEVICE": "cpu", "MLX_DEFORM_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
         cwd=TESTS,
-        env={**os.environ, **environment},
+        env={**os.environ, **common, **environment},
         capture_output=True,
         text=True,
     )
 
 
+def run_of(item):
+    """The name of the run that a test of this file wants, if it isn't skipped, else None."""
+    if item.path != Path(__file__) or "run" not in item.fixturenames:
+        return None
+    run = item.callspec.params["run"]
+    return run if run == "baseline" or test_device() == mx.cpu else None
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    wanted = {run_of(item) for item in request.session.items}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run_tests, *RUNS[name]) for name in RUNS if name in wanted}
+
+
 @pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this machine"
 )
-def test_baseline_instruction_set():
-    done = run_tests({"MLX_DEFORM_ISA": "baseline", "MLX_DEFORM_TEST_DEVICE": "cpu"}, FORWARD, HALF)
+@pytest.mark.parametrize("run", ["baseline"])
+def test_baseline_instruction_set(run, runs):
+    done = runs[run].result()
     assert done.returncode == 0, done.stdout
 
 
 @without_a_gpu
-@pytest.mark.parametrize(
-    ("kind", "budget", "files"),
-    [
-        # As on Metal, where kernels write in place.
-        ("1", "64", [FORWARD, HALF, IM2COL]),
-        ("1", "0.002", [FORWARD, GRADIENTS, SPECIAL]),
-        # As on CUDA, where each has outputs of its own.
-        ("own", "64", [IM2COL]),
-        ("own", "0.002", [GRADIENTS]),
-    ],
-)
-def test_the_route_of_the_gpu(kind, budget, files):
-    environment = {
-        **STAND_IN,
-        "MLX_DEFORM_STAND_IN": kind,
-        "MLX_DEFORM_COLUMN_BUDGET_MB": budget,
-    }
-    done = run_tests(environment, *files)
+@pytest.mark.parametrize("run", [name for name in RUNS if name != "baseline"])
+def test_the_route_of_the_gpu(run, runs):
+    done = runs[run].result()
     assert done.returncode == 0, done.stdout
 
 

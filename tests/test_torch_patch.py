@@ -20,6 +20,7 @@ from torch_cases import (
     assert_same,
     convolve,
     one_thread,  # noqa: F401
+    relative_error,
     results,
     tensors,
 )
@@ -210,3 +211,19 @@ def test_without_torchvision(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision.extension", None)
     with pytest.raises(RuntimeError, match="torchvision is not installed"):
         bridge.patch_torchvision()
+
+
+def test_birefnet(calls):
+    """BiRefNet's own architecture, with torchvision's operator in its decoder."""
+    import birefnet_twin
+    from test_birefnet_model import SMALL
+
+    model = birefnet_twin.randomize(birefnet_twin.BiRefNet(SMALL)).to(DTYPE).eval()
+    images = torch.randn(2, 3, 64, 96, dtype=DTYPE)
+    with torch.no_grad():
+        want = model(images)[0]  # the predictions; on the CPU, where torchvision has all it needs
+        with bridge.patch_torchvision():
+            got = model.to(DEVICE)(images.to(DEVICE))[0]
+    assert len(calls) == 20  # five blocks of four branches
+    for one, other in zip(got, want, strict=True):
+        assert relative_error(one, other) <= TOLERANCE

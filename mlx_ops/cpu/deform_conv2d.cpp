@@ -154,7 +154,7 @@ void weight_vjp(
     });
   }
   if (shape.depthwise()) {
-    transpose_depthwise_back(p, partial, grad_weight);
+    unpack_depthwise(p, partial, grad_weight);
   }
 }
 

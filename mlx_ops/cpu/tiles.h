@@ -166,10 +166,11 @@ inline std::vector<ColumnRange> column_ranges(
 }
 
 // Pixels of one tile: large enough for an efficient product, small enough that
-// small maps still make a few tiles.
+// small maps still make a few tiles; all but the last are of one size.
 inline int64_t pixels_per_tile(int64_t pixels) {
-  return std::clamp<int64_t>(
-      round_up(ceil_div(pixels, 16), 16), 32, tile_pixels);
+  const int64_t most =
+      std::clamp<int64_t>(round_up(ceil_div(pixels, 16), 16), 32, tile_pixels);
+  return pixels == 0 ? most : ceil_div(pixels, ceil_div(pixels, most));
 }
 
 template <typename R>

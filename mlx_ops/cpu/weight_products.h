@@ -98,29 +98,35 @@ void for_each_group(
   }
 }
 
-// The weight as the depthwise kernels take it, and back.
+// A depthwise weight, [C][O / C][taps], as its kernels take it, [O /
+// C][taps][C].
 template <typename R>
-void transpose_depthwise(
+const R* pack_depthwise(
+    ThreadPool::Session& session,
     const DeformConv2dParams& p,
-    const R* weight, // [C][O / C][taps]
-    R* out) { // [O / C][taps][C]
-  const int64_t row = p.O / p.C * int64_t(p.kH) * p.kW;
+    const R* weight) {
+  const WeightShape shape(p);
+  const int64_t row = shape.out * shape.row;
+  R* packed = session.packed_weight().get<R>(shape.size);
   for (int64_t i = 0; i < row; ++i) {
     for (int c = 0; c < p.C; ++c) {
-      out[i * p.C + c] = weight[c * row + i];
+      packed[i * p.C + c] = weight[c * row + i];
     }
   }
+  return packed;
 }
 
+// The gradient of a depthwise weight from the kernels' layout to the weight's.
 template <typename R>
-void transpose_depthwise_back(
+void unpack_depthwise(
     const DeformConv2dParams& p,
-    const R* grad, // [O / C][taps][C]
-    R* out) { // [C][O / C][taps]
-  const int64_t row = p.O / p.C * int64_t(p.kH) * p.kW;
+    const R* packed,
+    R* grad_weight) {
+  const WeightShape shape(p);
+  const int64_t row = shape.out * shape.row;
   for (int64_t i = 0; i < row; ++i) {
     for (int c = 0; c < p.C; ++c) {
-      out[c * row + i] = grad[i * p.C + c];
+      grad_weight[c * row + i] = packed[i * p.C + c];
     }
   }
 }
@@ -138,9 +144,7 @@ class ForwardProduct {
         own_(products_for<R>(shape_.out, shape_.size)),
         weight_(weight) {
     if (shape_.depthwise()) {
-      R* packed = session.packed_weight().get<R>(shape_.size);
-      transpose_depthwise(p, weight, packed);
-      weight_ = packed;
+      weight_ = pack_depthwise(session, p, weight);
     } else if (own_) {
       weight_ = pack(session);
     }
@@ -328,9 +332,7 @@ class ColumnCotangentProduct {
         own_(products_for<R>(shape_.in, shape_.size)),
         weight_(weight) {
     if (shape_.depthwise()) {
-      R* packed = session.packed_weight().get<R>(shape_.size);
-      transpose_depthwise(p, weight, packed);
-      weight_ = packed;
+      weight_ = pack_depthwise(session, p, weight);
     } else if (own_) {
       weight_ = pack(session);
     }
