@@ -13,6 +13,7 @@ set(MLX_DEFORM_CORE_SOURCES
     mlx_ops/cpu/gemm.cpp
     mlx_ops/cpu/thread_pool.cpp
     mlx_ops/cpu/tile_kernels.cpp
+    mlx_ops/cpu/transpose.cpp
     mlx_ops/gpu/deform_conv2d.cpp
     mlx_ops/gpu/deform_im2col.cpp
     mlx_ops/gpu/dispatch.cpp

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 import mlx_deform.torch as bridge
 from cases import random_config
-from mlx_deform.torch import _bridge
+from mlx_deform.torch import _bridge, _layout
 from numerics import EPS
 from torch_cases import (
     CONFIG,
@@ -129,6 +129,13 @@ def test_the_memory_format_is_that_of_the_input(size, last):
         arguments[name].requires_grad_(name != "cotangent")
     for name, result in results(bridge.deform_conv2d, config, arguments).items():
         assert result.dim() == 1 or result.is_contiguous(memory_format=wanted), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, DTYPE, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 130, 77), (1, 1, 700), (2, 1030, 65), (1, 33, 32)])
+def test_images_as_matrices(shape, dtype):
+    images = torch.randn(shape, device=DEVICE).to(dtype)
+    assert torch.equal(_layout._transposed(images), images.transpose(1, 2))
 
 
 def test_channels_last_is_not_copied(monkeypatch):

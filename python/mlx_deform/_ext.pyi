@@ -4,6 +4,9 @@ import mlx.core
 
 def _borrow(address: int, shape: Sequence[int], dtype: mlx.core.Dtype) -> mlx.core.array: ...
 def _set_portable(value: bool) -> bool: ...
+def _transpose(
+    from_: int, to: int, count: int, rows: int, columns: int, element_bytes: int
+) -> None: ...
 def deform_conv2d(
     input: mlx.core.array,
     offset: mlx.core.array,

@@ -1,5 +1,5 @@
-// A private function of mlx_deform.torch: memory of another library's as an MLX
-// array, with no copy.
+// Private functions of mlx_deform.torch, on memory of another library's: as an
+// MLX array with no copy, and transposed.
 
 #include "python/src/ops.h"
 
@@ -10,6 +10,7 @@
 
 #include "mlx/allocator.h"
 #include "mlx/array.h"
+#include "mlx_ops/cpu/transpose.h"
 
 namespace mx = mlx::core;
 using namespace nb::literals;
@@ -54,4 +55,28 @@ void init_memory(nb::module_& m) {
       "An array over row-contiguous memory of the CPU, which must outlive "
       "every "
       "evaluation that reads it. For builds of MLX without a GPU.");
+  m.def(
+      "_transpose",
+      [](uintptr_t from,
+         uintptr_t to,
+         int64_t count,
+         int64_t rows,
+         int64_t columns,
+         size_t element_bytes) {
+        mlx_deform::cpu::transpose(
+            reinterpret_cast<const void*>(from),
+            reinterpret_cast<void*>(to),
+            count,
+            rows,
+            columns,
+            element_bytes);
+      },
+      "from_"_a,
+      "to"_a,
+      "count"_a,
+      "rows"_a,
+      "columns"_a,
+      "element_bytes"_a,
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Writes the transposes of row-contiguous matrices, on all cores.");
 }

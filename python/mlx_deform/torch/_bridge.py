@@ -80,6 +80,15 @@ _lock = threading.Lock()
 _runtimes: dict[str, _Runtime] = {}
 
 
+def check_process() -> None:
+    """MLX's threads, and this library's, stay in the parent: a child would wait for ever."""
+    if any(runtime.process != os.getpid() for runtime in _runtimes.values()):
+        raise RuntimeError(
+            "[mlx_deform.torch] MLX cannot compute in a forked process whose parent used it; "
+            'start the process with the method "spawn"'
+        )
+
+
 def call(function: Function, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """``function`` of the tensors as MLX arrays, evaluated, as tensors.
 
@@ -87,13 +96,6 @@ def call(function: Function, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     ``None``). The results are row-contiguous and share no memory with them.
     """
     device = next(tensor for tensor in tensors if tensor is not None).device.type
-    runtime = _runtimes.get(device)
-    if runtime is not None and runtime.process != os.getpid():
-        # MLX's threads stayed in the parent: the child would wait for them for ever.
-        raise RuntimeError(
-            "[mlx_deform.torch] MLX cannot compute in a forked process whose parent used it; "
-            'start the process with the method "spawn"'
-        )
     with _lock:
         runtime = _runtimes.get(device)
         if runtime is None:

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-# Torch transposes a matrix by blocks, but more axes element by element. From this many
-# elements an image on, that pays for the calls.
+from .._ext import _transpose
+
+# From this many elements an image on, transposing matrices pays for the calls: torch copies
+# permuted images element by element.
 LARGE = 2**14
 
 
@@ -17,8 +19,12 @@ def _transposed(images: Tensor) -> Tensor:
     """A row-contiguous (N, A, B) as a row-contiguous (N, B, A)."""
     N, A, B = images.shape
     out = images.new_empty((N, B, A))
-    for n in range(N):
-        out[n].copy_(images[n].t())
+    if images.device.type == "cpu":
+        # Torch's copy takes one core, and half the time are the page faults of fresh memory.
+        _transpose(images.data_ptr(), out.data_ptr(), N, A, B, images.element_size())
+    else:
+        for n in range(N):
+            out[n].copy_(images[n].t())
     return out
 
 

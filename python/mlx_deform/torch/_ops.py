@@ -142,6 +142,7 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
 
 def _call(function, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[Tensor]:
     """``function`` by MLX; a result has the memory format of its ``like``."""
+    _bridge.check_process()
     results = _bridge.call(function, [_rows(tensor) for tensor in tensors])
     return [
         channels_first(result, like) if result.dim() == 4 else result
