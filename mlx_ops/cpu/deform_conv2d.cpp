@@ -7,6 +7,7 @@
 
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_ops/arrays.h"
+#include "mlx_ops/cpu/memory.h"
 #include "mlx_ops/cpu/tiles.h"
 #include "mlx_ops/cpu/weight_products.h"
 #include "mlx_ops/gpu/kernels.h"
@@ -199,7 +200,7 @@ void DeformConv2d::eval_cpu(
     return eval_gpu(inputs, outputs);
   }
   const DeformConv2dParams p = params(inputs);
-  allocate(outputs);
+  cpu::allocate(outputs);
   mx::cpu::get_command_encoder(stream()).dispatch(
       [p,
        in = weak_copies(inputs),
@@ -225,7 +226,7 @@ void DeformConv2dVJP::eval_cpu(
     return eval_gpu(inputs, outputs);
   }
   const DeformConv2dParams p = params(inputs);
-  allocate(outputs);
+  cpu::allocate(outputs);
   mx::cpu::get_command_encoder(stream()).dispatch([p,
                                                    in = weak_copies(inputs),
                                                    out = weak_copies(outputs),

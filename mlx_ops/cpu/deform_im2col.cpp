@@ -4,6 +4,7 @@
 
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_ops/arrays.h"
+#include "mlx_ops/cpu/memory.h"
 #include "mlx_ops/cpu/tiles.h"
 #include "mlx_ops/gpu/kernels.h"
 
@@ -57,7 +58,7 @@ void DeformIm2col::eval_cpu(
     return eval_gpu(inputs, outputs);
   }
   const DeformConv2dParams p = params(inputs);
-  allocate(outputs);
+  cpu::allocate(outputs);
   mx::cpu::get_command_encoder(stream()).dispatch(
       [p,
        in = weak_copies(inputs),
@@ -78,7 +79,7 @@ void DeformIm2colVJP::eval_cpu(
     return eval_gpu(inputs, outputs);
   }
   const DeformConv2dParams p = params(inputs);
-  allocate(outputs);
+  cpu::allocate(outputs);
   mx::cpu::get_command_encoder(stream()).dispatch([p,
                                                    in = weak_copies(inputs),
                                                    out = weak_copies(outputs),

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "mlx_ops/cpu/memory.h"
 #include "mlx_ops/cpu/thread_pool.h"
 
 namespace mlx_deform::cpu {
@@ -76,6 +77,7 @@ void transpose(
     int64_t rows,
     int64_t columns,
     size_t element_bytes) {
+  want_huge_pages(to, count * rows * columns * element_bytes);
   const auto as = [&]<typename T>(T) {
     transpose_as(
         static_cast<const T*>(from), static_cast<T*>(to), count, rows, columns);
