@@ -22,7 +22,8 @@ constexpr int64_t tile_pixels = 256;
 // Bytes of column cotangents (and their samples) between two passes.
 constexpr int64_t chunk_bytes = 4 << 20;
 constexpr int64_t chunk_tile_pixels = 64;
-// Channel ranges that workers write side by side start on cache lines.
+// Parts of a group's channels are whole cache lines, and groups of fewer
+// channels than this are sampled together.
 constexpr int channel_step = 16;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {

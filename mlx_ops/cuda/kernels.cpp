@@ -22,6 +22,7 @@
 
 #include "mlx_ops/cuda/launch.h"
 #include "mlx_ops/gpu/dispatch.h"
+#include "mlx_ops/gpu/plan_inputs.h"
 #include "mlx_ops/gpu/run_now.h"
 #include "mlx_ops/stand_in/kernels.h"
 
@@ -51,29 +52,9 @@ bool on_cpu(mx::Stream stream) {
   return stream.device == mx::Device::cpu;
 }
 
-std::string dtype_name(const mx::array& a) {
-  switch (a.dtype()) {
-    case mx::float16:
-      return "float16";
-    case mx::bfloat16:
-      return "bfloat16";
-    default: // the plan refuses what has no kernels
-      return a.dtype() == mx::float32 ? "float32" : "another type";
-  }
-}
-
-// Vector accesses need aligned arrays; a slice may start anywhere, and so may
-// memory that is not MLX's own.
-PlanOptions options_for(std::initializer_list<const mx::array*> vectors) {
-  PlanOptions out;
-  for (const mx::array* a : vectors) {
-    const int64_t place =
-        a->data_shared_ptr()->is_owned() ? a->offset() : a->itemsize();
-    while (place % out.alignment != 0) {
-      out.alignment /= 2;
-    }
-  }
-  return out;
+// A slice may start anywhere, and so may memory that is not MLX's own.
+int64_t place_of(const mx::array& a) {
+  return a.data_shared_ptr()->is_owned() ? a.offset() : a.itemsize();
 }
 
 // `x` with `count` words as its strides, which cuda_kernel passes on by value.
@@ -178,7 +159,7 @@ void im2col(
   if (on_cpu(stream)) {
     return stand_in::im2col(params, input, offset, mask, columns, stream);
   }
-  run(plan_im2col(params, dtype_name(input), options_for({&input})),
+  run(plan_im2col(params, dtype_name(input), options_for({place_of(input)})),
       params,
       input.dtype(),
       {{"input", &input}, {"offset", &offset}, {"mask", mask}},
@@ -233,7 +214,7 @@ void offset_grad(
           dtype_name(input),
           grad_offset != nullptr,
           grad_mask != nullptr,
-          options_for({&input, &grad_columns})),
+          options_for({place_of(input), place_of(grad_columns)})),
       params,
       input.dtype(),
       {{"input", &input},

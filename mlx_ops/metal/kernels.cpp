@@ -11,6 +11,7 @@
 #include "mlx/backend/metal/device.h"
 
 #include "mlx_ops/gpu/dispatch.h"
+#include "mlx_ops/gpu/plan_inputs.h"
 #include "mlx_ops/metal/sources.h"
 
 namespace mlx_deform::gpu {
@@ -25,27 +26,9 @@ struct Arguments {
   int64_t size = 0;
 };
 
-std::string dtype_name(const mx::array& a) {
-  switch (a.dtype()) {
-    case mx::float16:
-      return "float16";
-    case mx::bfloat16:
-      return "bfloat16";
-    default: // the plan refuses what has no kernels
-      return a.dtype() == mx::float32 ? "float32" : "another type";
-  }
-}
-
-// Vector accesses need aligned arrays; a slice may start anywhere. Metal's
-// buffers themselves start at a multiple of 16.
-PlanOptions options_for(std::initializer_list<const mx::array*> vectors) {
-  PlanOptions out;
-  for (const mx::array* a : vectors) {
-    while (a->offset() % out.alignment != 0) {
-      out.alignment /= 2;
-    }
-  }
-  return out;
+// A slice may start anywhere; Metal's buffers start at a multiple of 16.
+int64_t place_of(const mx::array& a) {
+  return a.offset();
 }
 
 MTL::Library* library_for(mx::metal::Device& device, const Library& library) {
@@ -122,7 +105,10 @@ void im2col(
     mx::array& columns,
     mx::Stream stream) {
   encode(
-      plan_im2col(params, dtype_name(input), options_for({&input, &columns})),
+      plan_im2col(
+          params,
+          dtype_name(input),
+          options_for({place_of(input), place_of(columns)})),
       {{{"input", &input}, {"offset", &offset}, {"mask", mask}},
        {{"columns", &columns}},
        &params},
@@ -160,7 +146,7 @@ void offset_grad(
           dtype_name(input),
           grad_offset != nullptr,
           grad_mask != nullptr,
-          options_for({&input, &grad_columns})),
+          options_for({place_of(input), place_of(grad_columns)})),
       {{{"input", &input},
         {"offset", &offset},
         {"mask", mask},

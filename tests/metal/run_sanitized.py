@@ -1,7 +1,7 @@
 """Runs one launch in a process of its own, which a sanitizer watches.
 
 python -m metal.run_sanitized JOB, where JOB is a pickle of (build, plan, buffers, seed).
-Needs the sanitizer's runtime in LD_PRELOAD: see tests/test_metal_sanitizers.py.
+Needs the sanitizer's runtime in LD_PRELOAD: see tests/test_gpu_sanitizers.py.
 """
 
 import ctypes
