@@ -5,8 +5,10 @@ import statistics
 import time
 from dataclasses import dataclass
 
-# Libraries' idle threads spin for some time after a call; nobody is timed beside them.
+# Libraries' idle threads spin after a call, OpenBLAS's for a tenth of a second; nobody is timed
+# beside them.
 SETTLE_S = 0.03
+SETTLE_MOST_S = 0.5
 # Shorter calls are repeated until a sample is at least this long.
 SAMPLE_S = 0.01
 # Shorter calls are made once untimed after the pause: into the caches, and threads awake.
@@ -31,6 +33,16 @@ def timed(run, count=1):
     return (time.perf_counter() - start) / count
 
 
+def settle():
+    """Pauses until no thread of this process computes any more."""
+    end = time.perf_counter() + SETTLE_MOST_S
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(SETTLE_S)
+        if time.process_time() - before < 0.1 * SETTLE_S:
+            return
+
+
 class _Entry:
     def __init__(self, run, estimate):
         self.run = run
@@ -40,7 +52,7 @@ class _Entry:
         self.spent = 0.0
 
     def take(self):
-        time.sleep(SETTLE_S)
+        settle()
         if self.warm:
             self.run(1)
         self.samples.append(timed(self.run, self.count))
