@@ -20,16 +20,28 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The plan of one sample, shared by all channels of its offset group; one cache
-// line in float.
+// The plan of one sample, shared by all channels of its offset group.
 template <typename R>
 struct Sample {
-  int64_t corner[4]; // element offset of the corner's first channel, -1: none
-  R weight[4]; // of the corners' values; NaN where a coordinate is
-  R ly; // position inside the cell, for the slopes
+  int64_t at; // element offset of the upper left corner, maybe off the image
+  R ly; // position inside the cell; NaN where a coordinate is
   R lx;
   R mask; // 1 where there is no mask
-  int live; // 0: value and slopes are 0
+  int flags; // bit i: corner i lies in the image; bit 4: the sample is live
+
+  static constexpr int all_corners = 0xf;
+  static constexpr int live_bit = 0x10;
+
+  bool has_all_corners() const {
+    return (flags & all_corners) == all_corners;
+  }
+  bool has_corner(int i) const {
+    return flags >> i & 1;
+  }
+  // Else value and slopes are 0.
+  bool live() const {
+    return flags & live_bit;
+  }
 
   // The position alone, as the sampling rule's functions take it.
   BilinearCell<R> cell() const {
@@ -38,6 +50,14 @@ struct Sample {
     out.lx = lx;
     return out;
   }
+};
+
+// Element offsets of a cell's corners from the upper left one.
+struct CornerSteps {
+  int64_t step[4];
+
+  explicit CornerSteps(const DeformConv2dParams& p)
+      : step{0, p.C, int64_t(p.W) * p.C, int64_t(p.W) * p.C + p.C} {}
 };
 
 // A block of columns: some output pixels, some taps, some channels.

@@ -106,83 +106,110 @@ static inline Vector<float> load(const Float16* p) {
 #endif
 }
 
-// The lanes' sum, always in the same order.
+// Four numbers, and the sums of four vectors' lanes, always in the same order.
 template <typename R>
-static inline R sum_of(Vector<R> v) {
-  R sum = v[0];
-  for (int i = 1; i < VectorOf<R>::width; ++i) {
-    sum += v[i];
+struct Four {
+  R of[4];
+};
+
+template <typename R>
+static inline Four<R> sums_of(const Vector<R> (&v)[4]) {
+  constexpr int width = VectorOf<R>::width;
+  Four<R> sums;
+  if constexpr (width < 4) {
+    for (int i = 0; i < 4; ++i) {
+      sums.of[i] = v[i][0] + v[i][1];
+    }
+  } else {
+    typedef R Quad __attribute__((vector_size(4 * sizeof(R))));
+    Quad q[4];
+    for (int i = 0; i < 4; ++i) {
+      R lanes[width];
+      store(lanes, v[i]);
+      __builtin_memcpy(&q[i], lanes, sizeof(Quad));
+      for (int j = 4; j < width; j += 4) {
+        Quad more;
+        __builtin_memcpy(&more, lanes + j, sizeof(Quad));
+        q[i] += more;
+      }
+    }
+    const Quad ab = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) +
+        __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+    const Quad cd = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) +
+        __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+    const Quad all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
+        __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    __builtin_memcpy(&sums, &all, sizeof(sums));
   }
-  return sum;
+  return sums;
 }
 
 // ---- kernels
 
-// The samples of one pixel and offset group at several taps, side by side for
-// the compiler to vectorise.
+// The samples of some pixels at one tap and offset group, side by side for the
+// compiler to vectorise.
 template <typename R>
 struct Cells {
   static constexpr int most = 64;
-  int tap_row[most], tap_col[most];
+  int ho[most], wo[most];
+  int64_t image[most]; // element offset of the pixel's image
+  R dy[most], dx[most];
   R ly[most], lx[most];
   int row[most], col[most]; // upper left corner
-  int corner[4][most];
-  int live[most], nan[most];
+  int flags[most]; // as in Sample
 
-  void choose_taps(int begin, int count, int kW) {
-    for (int t = 0; t < count; ++t) {
-      tap_row[t] = (begin + t) / kW;
-      tap_col[t] = (begin + t) % kW;
+  // Whole vectors are computed; what lies beyond `count` is of no account.
+  static int whole(int count) {
+    return (count + 15) / 16 * 16;
+  }
+
+  void choose_pixels(const DeformConv2dParams& p, int64_t begin, int count) {
+    int64_t rest = begin;
+    int x = int(rest % p.Wo);
+    rest /= p.Wo;
+    int y = int(rest % p.Ho);
+    int64_t at = rest / p.Ho * p.H * p.W * p.C;
+    for (int i = 0; i < whole(count); ++i) {
+      ho[i] = y;
+      wo[i] = x;
+      image[i] = at;
+      dy[i] = dx[i] = R(0);
+      if (++x == p.Wo) {
+        x = 0;
+        if (++y == p.Ho) {
+          y = 0;
+          at += int64_t(p.H) * p.W * p.C;
+        }
+      }
     }
   }
 
-  void locate(
-      const DeformConv2dParams& p,
-      int count,
-      int ho,
-      int wo,
-      const R* offset) {
-    for (int t = 0; t < count; ++t) {
+  void load_offsets(const R* offset, int64_t step, int count) {
+    for (int i = 0; i < count; ++i) {
+      dy[i] = offset[i * step];
+      dx[i] = offset[i * step + 1];
+    }
+  }
+
+  void locate(const DeformConv2dParams& p, int tap, int count) {
+    const int tap_row = tap / p.kW;
+    const int tap_col = tap % p.kW;
+    for (int i = 0; i < whole(count); ++i) {
       const R y = sample_coordinate<R>(
-          ho, p.stride_h, p.pad_h, tap_row[t], p.dilation_h, offset[2 * t]);
+          ho[i], p.stride_h, p.pad_h, tap_row, p.dilation_h, dy[i]);
       const R x = sample_coordinate<R>(
-          wo, p.stride_w, p.pad_w, tap_col[t], p.dilation_w, offset[2 * t + 1]);
+          wo[i], p.stride_w, p.pad_w, tap_col, p.dilation_w, dx[i]);
       const BilinearCell<R> cell = bilinear_cell<R>(y, x, p.H, p.W);
-      row[t] = cell.y;
-      col[t] = cell.x;
-      ly[t] = cell.ly;
-      lx[t] = cell.lx;
-      corner[0][t] = cell.corner[0];
-      corner[1][t] = cell.corner[1];
-      corner[2][t] = cell.corner[2];
-      corner[3][t] = cell.corner[3];
-      live[t] = cell.inside || cell.nan;
-      nan[t] = cell.nan;
+      row[i] = cell.y;
+      col[i] = cell.x;
+      // A NaN position makes value and slopes NaN by itself.
+      const R nan_or_0 = cell.nan ? R(__builtin_nan("")) : R(0);
+      ly[i] = cell.ly + nan_or_0;
+      lx[i] = cell.lx + nan_or_0;
+      flags[i] = int(cell.corner[0]) | int(cell.corner[1]) << 1 |
+          int(cell.corner[2]) << 2 | int(cell.corner[3]) << 3 |
+          int(cell.inside || cell.nan) << 4;
     }
-  }
-
-  void store(
-      int t,
-      const DeformConv2dParams& params,
-      int64_t image,
-      R mask,
-      Sample<R>& out) const {
-    const int64_t across = int64_t(params.W) * params.C;
-    const int64_t at = image + row[t] * across + int64_t(col[t]) * params.C;
-    out.corner[0] = corner[0][t] ? at : -1;
-    out.corner[1] = corner[1][t] ? at + params.C : -1;
-    out.corner[2] = corner[2][t] ? at + across : -1;
-    out.corner[3] = corner[3][t] ? at + across + params.C : -1;
-    // A NaN position makes value and slopes NaN by itself.
-    const R nan_or_0 = nan[t] ? R(__builtin_nan("")) : R(0);
-    out.ly = ly[t] + nan_or_0;
-    out.lx = lx[t] + nan_or_0;
-    const CornerWeights<R> weights = value_weights(out.cell());
-    for (int i = 0; i < 4; ++i) {
-      out.weight[i] = weights.w[i];
-    }
-    out.mask = mask;
-    out.live = live[t];
   }
 };
 
@@ -197,70 +224,71 @@ void plan(
   const int taps = params.kH * params.kW;
   const GroupRange groups =
       offset_groups(params, block.channel_begin, block.channel_end);
+  const int64_t pixel_masks = int64_t(params.DG) * taps;
+  const int64_t pixel_samples = int64_t(block.taps()) * groups.count();
+  const int64_t across = int64_t(params.W) * params.C;
+  const int64_t channels = params.C;
 
-  for (int begin = block.tap_begin; begin < block.tap_end;
+  for (int64_t begin = block.pixel_begin; begin < block.pixel_end;
        begin += Cells<R>::most) {
-    const int left = block.tap_end - begin;
-    const int count = left < Cells<R>::most ? left : Cells<R>::most;
-    cells.choose_taps(begin, count, params.kW);
-
-    int64_t rest = block.pixel_begin;
-    int wo = int(rest % params.Wo);
-    rest /= params.Wo;
-    int ho = int(rest % params.Ho);
-    int64_t n = rest / params.Ho;
-    for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
-      const int64_t image = n * params.H * params.W * params.C;
-      for (int dg = groups.first; dg < groups.last; ++dg) {
-        const int64_t at = (p * params.DG + dg) * taps + begin;
-        cells.locate(params, count, ho, wo, offset + 2 * at);
-        Sample<R>* to = samples +
-            ((p - block.pixel_begin) * block.taps() + begin - block.tap_begin) *
-                groups.count() +
-            dg - groups.first;
-        for (int t = 0; t < count; ++t) {
-          cells.store(
-              t,
-              params,
-              image,
-              mask ? mask[at + t] : R(1),
-              to[int64_t(t) * groups.count()]);
-        }
-      }
-      if (++wo == params.Wo) {
-        wo = 0;
-        if (++ho == params.Ho) {
-          ho = 0;
-          ++n;
+    const int64_t left = block.pixel_end - begin;
+    const int count = left < Cells<R>::most ? int(left) : Cells<R>::most;
+    cells.choose_pixels(params, begin, count);
+    Sample<R>* first = samples + (begin - block.pixel_begin) * pixel_samples;
+    for (int tap = block.tap_begin; tap < block.tap_end; ++tap) {
+      for (int dg = groups.first; dg < groups.last; ++dg, ++first) {
+        const int64_t at = begin * pixel_masks + int64_t(dg) * taps + tap;
+        cells.load_offsets(offset + 2 * at, 2 * pixel_masks, count);
+        cells.locate(params, tap, count);
+        for (int i = 0; i < count; ++i) {
+          first[i * pixel_samples] = {
+              cells.image[i] + cells.row[i] * across + cells.col[i] * channels,
+              cells.ly[i],
+              cells.lx[i],
+              mask ? mask[at + i * pixel_masks] : R(1),
+              cells.flags[i]};
         }
       }
     }
   }
 }
 
+// The four corners of a sample, from some channel on.
 template <typename T>
-static inline const T*
-corner_at(const T* input, const T* zeros, int64_t corner, int channel) {
-  return (corner < 0 ? zeros : input + corner) + channel;
-}
+struct Corners {
+  const T* p[4];
+
+  template <typename R>
+  Corners(
+      const Sample<R>& s,
+      const CornerSteps& steps,
+      const T* input,
+      const T* zeros,
+      int channel) {
+    const bool all = s.has_all_corners();
+    for (int i = 0; i < 4; ++i) {
+      p[i] = (all || s.has_corner(i) ? input + s.at + steps.step[i] : zeros) +
+          channel;
+    }
+  }
+};
 
 // One sample at n channels from c on.
 template <typename T, typename R>
 static inline void sample_row(
     const Sample<R>& s,
+    const CornerSteps& steps,
     const T* input,
     const T* zeros,
     int c,
     int n,
     R* out) {
   constexpr int width = VectorOf<R>::width;
-  const R w0 = s.weight[0], w1 = s.weight[1];
-  const R w2 = s.weight[2], w3 = s.weight[3];
+  const CornerWeights<R> w = value_weights(s.cell());
+  const R w0 = w.w[0], w1 = w.w[1], w2 = w.w[2], w3 = w.w[3];
   const R m = s.mask;
-  const T* p0 = corner_at(input, zeros, s.corner[0], c);
-  const T* p1 = corner_at(input, zeros, s.corner[1], c);
-  const T* p2 = corner_at(input, zeros, s.corner[2], c);
-  const T* p3 = corner_at(input, zeros, s.corner[3], c);
+  const Corners<T> from(s, steps, input, zeros, c);
+  const T *p0 = from.p[0], *p1 = from.p[1], *p2 = from.p[2], *p3 = from.p[3];
   int q = 0;
   for (; q + width <= n; q += width) {
     store(
@@ -291,6 +319,7 @@ void sample(
   const int group_width = params.C / params.DG;
   const int64_t pixels = block.pixels();
   const int taps = block.taps();
+  const CornerSteps steps(params);
 
   // Mostly there is one offset group: a loop without their bookkeeping.
   if (groups.count() == 1) {
@@ -299,7 +328,7 @@ void sample(
     for (int64_t p = 0; p < pixels; ++p) {
       for (int k = 0; k < taps; ++k, ++samples) {
         R* out = columns + p * pixel_stride + k * tap_stride;
-        sample_row(*samples, input, zeros, begin, n, out);
+        sample_row(*samples, steps, input, zeros, begin, n, out);
       }
     }
     return;
@@ -312,7 +341,7 @@ void sample(
         const int group_end = (dg + 1) * group_width;
         const int end =
             group_end < block.channel_end ? group_end : block.channel_end;
-        sample_row(*samples, input, zeros, c, end - c, out);
+        sample_row(*samples, steps, input, zeros, c, end - c, out);
         out += end - c;
         c = end;
       }
@@ -334,17 +363,14 @@ void offset_grad(
   const int taps = params.kH * params.kW;
   const int group_width = params.C / params.DG;
   const int64_t pixel_row = int64_t(params.DG) * taps;
+  const CornerSteps steps(params);
 
   for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
     for (int k = block.tap_begin; k < block.tap_end; ++k) {
       for (int dg = 0; dg < params.DG; ++dg, ++samples) {
         const int c = dg * group_width;
-        const T* p0 = corner_at(input, zeros, samples->corner[0], c);
-        const T* p1 = corner_at(input, zeros, samples->corner[1], c);
-        const T* p2 = corner_at(input, zeros, samples->corner[2], c);
-        const T* p3 = corner_at(input, zeros, samples->corner[3], c);
         const int64_t at = p * pixel_row + int64_t(dg) * taps + k;
-        if (!samples->live) {
+        if (!samples->live()) {
           if (grad_offset) {
             grad_offset[2 * at] = grad_offset[2 * at + 1] = R(0);
           }
@@ -356,29 +382,38 @@ void offset_grad(
         }
         // The cotangent times each corner, summed over the channels: value and
         // both slopes are combinations of these four numbers.
-        Vector<R> s0{}, s1{}, s2{}, s3{};
+        const Corners<T> from(*samples, steps, input, zeros, c);
+        // Two sums each, for the next addition not to wait for the last.
+        Vector<R> s[4]{}, t[4]{};
         int q = 0;
+        for (; q + 2 * width <= group_width; q += 2 * width) {
+          const Vector<R> g = load(grad_columns + q);
+          const Vector<R> h = load(grad_columns + q + width);
+          for (int i = 0; i < 4; ++i) {
+            s[i] += g * load(from.p[i] + q);
+            t[i] += h * load(from.p[i] + q + width);
+          }
+        }
         for (; q + width <= group_width; q += width) {
           const Vector<R> g = load(grad_columns + q);
-          s0 += g * load(p0 + q);
-          s1 += g * load(p1 + q);
-          s2 += g * load(p2 + q);
-          s3 += g * load(p3 + q);
+          for (int i = 0; i < 4; ++i) {
+            s[i] += g * load(from.p[i] + q);
+          }
         }
-        R corner[4] = {
-            sum_of<R>(s0), sum_of<R>(s1), sum_of<R>(s2), sum_of<R>(s3)};
+        for (int i = 0; i < 4; ++i) {
+          s[i] += t[i];
+        }
+        Four<R> corner = sums_of<R>(s);
         for (; q < group_width; ++q) {
-          const R g = grad_columns[q];
-          corner[0] += g * load_one(p0 + q);
-          corner[1] += g * load_one(p1 + q);
-          corner[2] += g * load_one(p2 + q);
-          corner[3] += g * load_one(p3 + q);
+          for (int i = 0; i < 4; ++i) {
+            corner.of[i] += grad_columns[q] * load_one(from.p[i] + q);
+          }
         }
         grad_columns += group_width;
 
         const auto combine = [&](CornerWeights<R> weights) {
-          return weights.w[0] * corner[0] + weights.w[1] * corner[1] +
-              weights.w[2] * corner[2] + weights.w[3] * corner[3];
+          return weights.w[0] * corner.of[0] + weights.w[1] * corner.of[1] +
+              weights.w[2] * corner.of[2] + weights.w[3] * corner.of[3];
         };
         if (grad_offset) {
           const R m = samples->mask;
@@ -405,26 +440,53 @@ void scatter(
     R* grad_input) {
   constexpr int width = VectorOf<R>::width;
   const int group_width = params.C / params.DG;
-  const uint64_t size = image_end - image_begin;
+  const CornerSteps steps(params);
 
-  for (int64_t at = 0; at < block.pixels() * block.taps(); ++at) {
-    for (int dg = 0; dg < params.DG; ++dg, ++samples) {
-      for (int corner = 0; corner < 4; ++corner) {
-        // In other workers' range, or nowhere, which is -1.
-        if (uint64_t(samples->corner[corner] - image_begin) >= size) {
-          continue;
-        }
-        R* to = grad_input + samples->corner[corner] + dg * group_width;
-        const R w = samples->weight[corner] * samples->mask;
+  for (int64_t i = 0; i < block.pixels() * block.taps(); ++i) {
+    for (int dg = 0; dg < params.DG; ++dg, grad_columns += group_width) {
+      const Sample<R>& s = *samples++;
+      const CornerWeights<R> w = value_weights(s.cell());
+      const int64_t last = s.at + steps.step[3];
+      if (s.has_all_corners() && s.at >= image_begin && last < image_end) {
+        // Vectors of all corners are loaded before any is stored, so that no
+        // load waits for a store in a row of the same place in the cache.
+        R* to = grad_input + s.at + dg * group_width;
+        const R w0 = w.w[0] * s.mask, w1 = w.w[1] * s.mask;
+        const R w2 = w.w[2] * s.mask, w3 = w.w[3] * s.mask;
+        R *to1 = to + steps.step[1], *to2 = to + steps.step[2];
+        R* to3 = to + steps.step[3];
         int q = 0;
         for (; q + width <= group_width; q += width) {
-          store(to + q, load(to + q) + w * load(grad_columns + q));
+          const Vector<R> g = load(grad_columns + q);
+          const Vector<R> v0 = load(to + q) + w0 * g;
+          const Vector<R> v1 = load(to1 + q) + w1 * g;
+          const Vector<R> v2 = load(to2 + q) + w2 * g;
+          const Vector<R> v3 = load(to3 + q) + w3 * g;
+          store(to + q, v0);
+          store(to1 + q, v1);
+          store(to2 + q, v2);
+          store(to3 + q, v3);
         }
         for (; q < group_width; ++q) {
-          to[q] += w * grad_columns[q];
+          const R g = grad_columns[q];
+          to[q] += w0 * g;
+          to1[q] += w1 * g;
+          to2[q] += w2 * g;
+          to3[q] += w3 * g;
+        }
+        continue;
+      }
+      for (int corner = 0; corner < 4; ++corner) {
+        const int64_t at = s.at + steps.step[corner];
+        if (!s.has_corner(corner) || at < image_begin || at >= image_end) {
+          continue;
+        }
+        R* to = grad_input + at + dg * group_width;
+        const R weight = w.w[corner] * s.mask;
+        for (int q = 0; q < group_width; ++q) {
+          to[q] += weight * grad_columns[q];
         }
       }
-      grad_columns += group_width;
     }
   }
 }

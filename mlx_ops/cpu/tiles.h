@@ -195,17 +195,16 @@ std::vector<int64_t> scatter_bounds(
   std::vector<int64_t> places;
   const int64_t step = ceil_div(count, looked_at_most);
   for (int64_t i = 0; i < count; i += step) {
-    const int64_t* corner = samples[i].corner;
-    const int64_t place = *std::max_element(corner, corner + 4);
-    if (place >= 0) {
-      places.push_back(place);
+    if (samples[i].live()) {
+      places.push_back(samples[i].at);
     }
   }
   std::vector<int64_t> bounds{0};
   for (int i = 1; i < parts; ++i) {
     const auto cut = places.begin() + i * places.size() / parts;
     std::nth_element(places.begin(), cut, places.end());
-    bounds.push_back(places.empty() ? size : *cut);
+    bounds.push_back(
+        places.empty() ? size : std::clamp<int64_t>(*cut, 0, size));
   }
   bounds.push_back(size);
   return bounds;
