@@ -17,10 +17,74 @@ constexpr int panel_width = 2 * VectorOf<R>::width;
 // 6 rows by 2 vectors: 12 sums, 2 vectors of b and one of a fill the registers.
 constexpr int strip_rows = 6;
 
+// The loop that follows is written out, or the sums are not kept in registers.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
 // A tile of c, `rows` by one panel. Element (r, i) of a is
-// a[r * row_step + i * k_step].
-template <int rows, typename R>
+// a[r * row_step + i * k_step]; of a packed b it is known how far apart its
+// rows lie, and a's k_step is 1 then. The time goes by instructions rather than
+// by arithmetic where the core is shared with another thread, hence the
+// unrolling.
+template <int rows, bool accumulate, bool packed, typename R>
 void tile(
+    int64_t k,
+    const R* a,
+    int64_t row_step,
+    int64_t k_step,
+    const R* b,
+    int64_t ldb,
+    R* c,
+    int64_t ldc) {
+  constexpr int width = VectorOf<R>::width;
+  constexpr int unrolled = packed ? 8 : 2;
+  if constexpr (packed) {
+    k_step = 1;
+    ldb = panel_width<R>;
+  }
+  Vector<R> sum[rows][2];
+  UNROLL
+  for (int r = 0; r < rows; ++r) {
+    sum[r][0] = accumulate ? load(c + r * ldc) : Vector<R>{};
+    sum[r][1] = accumulate ? load(c + r * ldc + width) : Vector<R>{};
+  }
+  const auto step = [&](const R* from, const R* row) {
+    const Vector<R> b0 = load(row);
+    const Vector<R> b1 = load(row + width);
+    UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const Vector<R> x =
+          from[r * row_step] - Vector<R>{}; // the same in all lanes
+      sum[r][0] += x * b0;
+      sum[r][1] += x * b1;
+    }
+  };
+  int64_t i = 0;
+  for (; i + unrolled <= k; i += unrolled) {
+    UNROLL
+    for (int j = 0; j < unrolled; ++j) {
+      step(a, b);
+      a += k_step;
+      b += ldb;
+    }
+  }
+  for (; i < k; ++i) {
+    step(a, b);
+    a += k_step;
+    b += ldb;
+  }
+  UNROLL
+  for (int r = 0; r < rows; ++r) {
+    store(c + r * ldc, sum[r][0]);
+    store(c + r * ldc + width, sum[r][1]);
+  }
+}
+
+template <int rows, typename R>
+void tile_of_rows(
     int64_t k,
     const R* a,
     int64_t row_step,
@@ -30,28 +94,10 @@ void tile(
     R* c,
     int64_t ldc,
     bool accumulate) {
-  constexpr int width = VectorOf<R>::width;
-  Vector<R> sum[rows][2];
-  for (int r = 0; r < rows; ++r) {
-    sum[r][0] = accumulate ? load(c + r * ldc) : Vector<R>{};
-    sum[r][1] = accumulate ? load(c + r * ldc + width) : Vector<R>{};
-  }
-  for (int64_t i = 0; i < k; ++i) {
-    const Vector<R> b0 = load(b);
-    const Vector<R> b1 = load(b + width);
-    b += ldb;
-    for (int r = 0; r < rows; ++r) {
-      const Vector<R> x =
-          a[r * row_step] - Vector<R>{}; // the same in all lanes
-      sum[r][0] += x * b0;
-      sum[r][1] += x * b1;
-    }
-    a += k_step;
-  }
-  for (int r = 0; r < rows; ++r) {
-    store(c + r * ldc, sum[r][0]);
-    store(c + r * ldc + width, sum[r][1]);
-  }
+  const auto run = k_step == 1 && ldb == panel_width<R>
+      ? (accumulate ? tile<rows, true, true, R> : tile<rows, false, true, R>)
+      : (accumulate ? tile<rows, true, false, R> : tile<rows, false, false, R>);
+  run(k, a, row_step, k_step, b, ldb, c, ldc);
 }
 
 template <typename R>
@@ -67,9 +113,9 @@ void tile_of(
     int64_t ldc,
     bool accumulate) {
   switch (rows) {
-#define ROWS(n)                                                  \
-  case n:                                                        \
-    tile<n>(k, a, row_step, k_step, b, ldb, c, ldc, accumulate); \
+#define ROWS(n)                                                          \
+  case n:                                                                \
+    tile_of_rows<n>(k, a, row_step, k_step, b, ldb, c, ldc, accumulate); \
     break;
     ROWS(1)
     ROWS(2)

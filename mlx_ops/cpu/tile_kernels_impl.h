@@ -234,6 +234,20 @@ void plan(
     const int64_t left = block.pixel_end - begin;
     const int count = left < Cells<R>::most ? int(left) : Cells<R>::most;
     cells.choose_pixels(params, begin, count);
+    for (int dg = groups.first; dg < groups.last; ++dg) {
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = (begin + Cells<R>::most + i) * pixel_masks +
+            int64_t(dg) * taps + block.tap_begin;
+        const char* o = (const char*)(offset + 2 * at);
+        for (int j = 0; j < block.taps() * 2 * int(sizeof(R)); j += 64) __builtin_prefetch(o + j);
+        __builtin_prefetch(o + block.taps() * 2 * sizeof(R) - 1);
+        if (mask) {
+        const char* o = (const char*)(mask + at);
+        for (int j = 0; j < block.taps() * int(sizeof(R)); j += 64) __builtin_prefetch(o + j);
+        __builtin_prefetch(o + block.taps() * sizeof(R) - 1);
+        }
+      }
+    }
     Sample<R>* first = samples + (begin - block.pixel_begin) * pixel_samples;
     for (int tap = block.tap_begin; tap < block.tap_end; ++tap) {
       for (int dg = groups.first; dg < groups.last; ++dg, ++first) {
