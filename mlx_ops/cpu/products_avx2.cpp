@@ -17,18 +17,9 @@ constexpr int panel_width = 2 * VectorOf<R>::width;
 // 6 rows by 2 vectors: 12 sums, 2 vectors of b and one of a fill the registers.
 constexpr int strip_rows = 6;
 
-// The loop that follows is written out, or the sums are not kept in registers.
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 8")
-#endif
-
 // A tile of c, `rows` by one panel. Element (r, i) of a is
 // a[r * row_step + i * k_step]; of a packed b it is known how far apart its
-// rows lie, and a's k_step is 1 then. The time goes by instructions rather than
-// by arithmetic where the core is shared with another thread, hence the
-// unrolling.
+// rows lie, and a's k_step is 1 then.
 template <int rows, bool accumulate, bool packed, typename R>
 void tile(
     int64_t k,
@@ -46,7 +37,7 @@ void tile(
     ldb = panel_width<R>;
   }
   Vector<R> sum[rows][2];
-  UNROLL
+  MLX_DEFORM_UNROLL(6)
   for (int r = 0; r < rows; ++r) {
     sum[r][0] = accumulate ? load(c + r * ldc) : Vector<R>{};
     sum[r][1] = accumulate ? load(c + r * ldc + width) : Vector<R>{};
@@ -54,7 +45,7 @@ void tile(
   const auto step = [&](const R* from, const R* row) {
     const Vector<R> b0 = load(row);
     const Vector<R> b1 = load(row + width);
-    UNROLL
+    MLX_DEFORM_UNROLL(6)
     for (int r = 0; r < rows; ++r) {
       const Vector<R> x =
           from[r * row_step] - Vector<R>{}; // the same in all lanes
@@ -64,7 +55,7 @@ void tile(
   };
   int64_t i = 0;
   for (; i + unrolled <= k; i += unrolled) {
-    UNROLL
+    MLX_DEFORM_UNROLL(8)
     for (int j = 0; j < unrolled; ++j) {
       step(a, b);
       a += k_step;
@@ -76,7 +67,7 @@ void tile(
     a += k_step;
     b += ldb;
   }
-  UNROLL
+  MLX_DEFORM_UNROLL(6)
   for (int r = 0; r < rows; ++r) {
     store(c + r * ldc, sum[r][0]);
     store(c + r * ldc + width, sum[r][1]);

@@ -239,12 +239,14 @@ void plan(
         const int64_t at = (begin + Cells<R>::most + i) * pixel_masks +
             int64_t(dg) * taps + block.tap_begin;
         const char* o = (const char*)(offset + 2 * at);
-        for (int j = 0; j < block.taps() * 2 * int(sizeof(R)); j += 64) __builtin_prefetch(o + j);
+        for (int j = 0; j < block.taps() * 2 * int(sizeof(R)); j += 64)
+          __builtin_prefetch(o + j);
         __builtin_prefetch(o + block.taps() * 2 * sizeof(R) - 1);
         if (mask) {
-        const char* o = (const char*)(mask + at);
-        for (int j = 0; j < block.taps() * int(sizeof(R)); j += 64) __builtin_prefetch(o + j);
-        __builtin_prefetch(o + block.taps() * sizeof(R) - 1);
+          const char* o = (const char*)(mask + at);
+          for (int j = 0; j < block.taps() * int(sizeof(R)); j += 64)
+            __builtin_prefetch(o + j);
+          __builtin_prefetch(o + block.taps() * sizeof(R) - 1);
         }
       }
     }
@@ -298,23 +300,30 @@ static inline void sample_row(
     int n,
     R* out) {
   constexpr int width = VectorOf<R>::width;
-  const CornerWeights<R> w = value_weights(s.cell());
-  const R w0 = w.w[0], w1 = w.w[1], w2 = w.w[2], w3 = w.w[3];
-  const R m = s.mask;
   const Corners<T> from(s, steps, input, zeros, c);
   const T *p0 = from.p[0], *p1 = from.p[1], *p2 = from.p[2], *p3 = from.p[3];
+  // The mask goes into the weights, but an infinite one doesn't: a weight of 0
+  // would make it NaN.
+  const bool finite = s.mask - s.mask == R(0);
+  const R m = finite ? s.mask : R(1);
+  const CornerWeights<R> w = value_weights(s.cell());
+  const R w0 = m * w.w[0], w1 = m * w.w[1], w2 = m * w.w[2], w3 = m * w.w[3];
   int q = 0;
+  MLX_DEFORM_UNROLL(2)
   for (; q + width <= n; q += width) {
     store(
         out + q,
-        m *
-            (w0 * load(p0 + q) + w1 * load(p1 + q) + w2 * load(p2 + q) +
-             w3 * load(p3 + q)));
+        w0 * load(p0 + q) + w1 * load(p1 + q) + w2 * load(p2 + q) +
+            w3 * load(p3 + q));
   }
   for (; q < n; ++q) {
-    out[q] = m *
-        (w0 * load_one(p0 + q) + w1 * load_one(p1 + q) + w2 * load_one(p2 + q) +
-         w3 * load_one(p3 + q));
+    out[q] = w0 * load_one(p0 + q) + w1 * load_one(p1 + q) +
+        w2 * load_one(p2 + q) + w3 * load_one(p3 + q);
+  }
+  if (!finite) {
+    for (q = 0; q < n; ++q) {
+      out[q] *= s.mask;
+    }
   }
 }
 

@@ -4,6 +4,15 @@
 
 #pragma once
 
+// The loop that follows is written out n times, for fewer instructions: where
+// another thread shares the core, those are what a loop's time goes by.
+#define MLX_DEFORM_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define MLX_DEFORM_UNROLL(n) MLX_DEFORM_PRAGMA(clang loop unroll_count(n))
+#else
+#define MLX_DEFORM_UNROLL(n) MLX_DEFORM_PRAGMA(GCC unroll n)
+#endif
+
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
