@@ -38,19 +38,33 @@ struct Products {
       int64_t ldc,
       bool accumulate);
 
-  // c (m x n) = a^T (m x k) * b (k x n) + (accumulate ? c : 0), for a (k x m).
-  // Rows of b are read up to a whole panel: ldb must leave room.
+  // Packs a (k x m), rows lda apart, into [strips][k][strip], filled up with
+  // zeros: where rows lie a power of two apart they push each other out of the
+  // cache.
+  void (*pack_transposed)(
+      const R* a,
+      int64_t lda,
+      int64_t k,
+      int64_t m,
+      R* packed);
+
+  // c (m x n) = a^T (m x k) * b (k x n) + (accumulate ? c : 0), for a (k x m)
+  // packed as above. Rows of b are read up to a whole panel: ldb must leave
+  // room.
   void (*multiply_transposed)(
       int64_t m,
       int64_t n,
       int64_t k,
-      const R* a,
-      int64_t lda,
+      const R* packed,
       const R* b,
       int64_t ldb,
       R* c,
       int64_t ldc,
       bool accumulate);
+
+  int64_t packed_transposed_size(int64_t k, int64_t m) const {
+    return (m + strip - 1) / strip * strip * k;
+  }
 
   int64_t packed_size(int64_t k, int64_t n) const {
     return (n + panel - 1) / panel * panel * k;

@@ -17,25 +17,27 @@ constexpr int panel_width = 2 * VectorOf<R>::width;
 // 6 rows by 2 vectors: 12 sums, 2 vectors of b and one of a fill the registers.
 constexpr int strip_rows = 6;
 
-// A tile of c, `rows` by one panel. Element (r, i) of a is
-// a[r * row_step + i * k_step]; of a packed b it is known how far apart its
-// rows lie, and a's k_step is 1 then.
-template <int rows, bool accumulate, bool packed, typename R>
+// Which factor is packed: a into strips, [k][strip_rows], or b into panels,
+// [k][panel_width]. The rows of the other lie `stride` apart.
+enum class Packed { a, b };
+
+// A tile of c, `rows` by one panel.
+template <int rows, bool accumulate, Packed packed, typename R>
 void tile(
     int64_t k,
     const R* a,
-    int64_t row_step,
-    int64_t k_step,
     const R* b,
-    int64_t ldb,
+    int64_t stride,
     R* c,
     int64_t ldc) {
   constexpr int width = VectorOf<R>::width;
-  constexpr int unrolled = packed ? 8 : 2;
-  if constexpr (packed) {
-    k_step = 1;
-    ldb = panel_width<R>;
-  }
+  constexpr bool strips = packed == Packed::a;
+  // Beyond these, compilers no longer keep all the sums in registers.
+  constexpr int unrolled = strips ? 2 : 8;
+  const int64_t row_step = strips ? 1 : stride;
+  const int64_t k_step = strips ? strip_rows : 1;
+  const int64_t ldb = strips ? stride : panel_width<R>;
+
   Vector<R> sum[rows][2];
   MLX_DEFORM_UNROLL(6)
   for (int r = 0; r < rows; ++r) {
@@ -74,39 +76,19 @@ void tile(
   }
 }
 
-template <int rows, typename R>
-void tile_of_rows(
-    int64_t k,
-    const R* a,
-    int64_t row_step,
-    int64_t k_step,
-    const R* b,
-    int64_t ldb,
-    R* c,
-    int64_t ldc,
-    bool accumulate) {
-  const auto run = k_step == 1 && ldb == panel_width<R>
-      ? (accumulate ? tile<rows, true, true, R> : tile<rows, false, true, R>)
-      : (accumulate ? tile<rows, true, false, R> : tile<rows, false, false, R>);
-  run(k, a, row_step, k_step, b, ldb, c, ldc);
-}
-
-template <typename R>
+template <bool accumulate, Packed packed, typename R>
 void tile_of(
     int rows,
     int64_t k,
     const R* a,
-    int64_t row_step,
-    int64_t k_step,
     const R* b,
-    int64_t ldb,
+    int64_t stride,
     R* c,
-    int64_t ldc,
-    bool accumulate) {
+    int64_t ldc) {
   switch (rows) {
-#define ROWS(n)                                                          \
-  case n:                                                                \
-    tile_of_rows<n>(k, a, row_step, k_step, b, ldb, c, ldc, accumulate); \
+#define ROWS(n)                                           \
+  case n:                                                 \
+    tile<n, accumulate, packed>(k, a, b, stride, c, ldc); \
     break;
     ROWS(1)
     ROWS(2)
@@ -118,32 +100,37 @@ void tile_of(
   }
 }
 
-// All rows of c at one panel, of which `columns` exist.
 template <typename R>
+int columns_left(int64_t n, int64_t j) {
+  return int(n - j < panel_width<R> ? n - j : panel_width<R>);
+}
+
+// All rows of c at one panel, of which `columns` exist.
+template <Packed packed, typename R>
 void panel_of_c(
     int64_t m,
     int columns,
     int64_t k,
     const R* a,
-    int64_t row_step,
-    int64_t k_step,
     const R* b,
-    int64_t ldb,
+    int64_t stride,
     R* c,
     int64_t ldc,
     bool accumulate) {
   constexpr int panel = panel_width<R>;
   for (int64_t r = 0; r < m; r += strip_rows) {
     const int rows = int(m - r < strip_rows ? m - r : strip_rows);
-    const R* from = a + r * row_step;
+    const R* from = a + r * (packed == Packed::a ? k : stride);
     R* to = c + r * ldc;
     if (columns == panel) {
-      tile_of(rows, k, from, row_step, k_step, b, ldb, to, ldc, accumulate);
+      const auto run =
+          accumulate ? tile_of<true, packed, R> : tile_of<false, packed, R>;
+      run(rows, k, from, b, stride, to, ldc);
       continue;
     }
     // The last panel may reach beyond c.
     R part[strip_rows * panel];
-    tile_of(rows, k, from, row_step, k_step, b, ldb, part, panel, false);
+    tile_of<false, packed>(rows, k, from, b, stride, part, panel);
     for (int i = 0; i < rows; ++i) {
       for (int j = 0; j < columns; ++j) {
         const R old = accumulate ? to[i * ldc + j] : R(0);
@@ -151,11 +138,6 @@ void panel_of_c(
       }
     }
   }
-}
-
-template <typename R>
-int columns_left(int64_t n, int64_t j) {
-  return int(n - j < panel_width<R> ? n - j : panel_width<R>);
 }
 
 template <typename R>
@@ -170,20 +152,10 @@ void multiply(
     R* c,
     int64_t ldc,
     bool accumulate) {
-  constexpr int panel = panel_width<R>;
-  for (int64_t j = 0; j < n; j += panel) {
-    panel_of_c<R>(
-        m,
-        columns_left<R>(n, j),
-        k,
-        a,
-        lda,
-        1,
-        packed + j / panel * panel_stride,
-        panel,
-        c + j,
-        ldc,
-        accumulate);
+  for (int64_t j = 0; j < n; j += panel_width<R>) {
+    const R* b = packed + j / panel_width<R> * panel_stride;
+    const int columns = columns_left<R>(n, j);
+    panel_of_c<Packed::b>(m, columns, k, a, b, lda, c + j, ldc, accumulate);
   }
 }
 
@@ -192,26 +164,38 @@ void multiply_transposed(
     int64_t m,
     int64_t n,
     int64_t k,
-    const R* a,
-    int64_t lda,
+    const R* packed,
     const R* b,
     int64_t ldb,
     R* c,
     int64_t ldc,
     bool accumulate) {
   for (int64_t j = 0; j < n; j += panel_width<R>) {
-    panel_of_c<R>(
-        m,
-        columns_left<R>(n, j),
-        k,
-        a,
-        1,
-        lda,
-        b + j,
-        ldb,
-        c + j,
-        ldc,
-        accumulate);
+    const int columns = columns_left<R>(n, j);
+    panel_of_c<Packed::a>(
+        m, columns, k, packed, b + j, ldb, c + j, ldc, accumulate);
+  }
+}
+
+// Columns of b (k x n), element (i, j) at b[i * row_step + j * column_step], to
+// [pieces][k][piece], filled up with zeros.
+template <int piece, typename R>
+void pack_pieces(
+    const R* b,
+    int64_t row_step,
+    int64_t column_step,
+    int64_t k,
+    int64_t n,
+    R* packed) {
+  for (int64_t j = 0; j < n; j += piece) {
+    const int columns = int(n - j < piece ? n - j : piece);
+    for (int64_t i = 0; i < k; ++i) {
+      const R* from = b + i * row_step + j * column_step;
+      for (int q = 0; q < piece; ++q) {
+        packed[q] = q < columns ? from[q * column_step] : R(0);
+      }
+      packed += piece;
+    }
   }
 }
 
@@ -223,17 +207,19 @@ void pack(
     int64_t k,
     int64_t n,
     R* packed) {
-  constexpr int panel = panel_width<R>;
-  for (int64_t j = 0; j < n; j += panel) {
-    const int columns = columns_left<R>(n, j);
+  pack_pieces<panel_width<R>>(b, row_step, column_step, k, n, packed);
+}
+
+template <typename R>
+void pack_transposed(const R* a, int64_t lda, int64_t k, int64_t m, R* packed) {
+  const int64_t whole = m / strip_rows * strip_rows;
+  for (int64_t r = 0; r < whole; r += strip_rows) {
     for (int64_t i = 0; i < k; ++i) {
-      const R* from = b + i * row_step + j * column_step;
-      for (int q = 0; q < panel; ++q) {
-        packed[q] = q < columns ? from[q * column_step] : R(0);
-      }
-      packed += panel;
+      __builtin_memcpy(packed, a + i * lda + r, strip_rows * sizeof(R));
+      packed += strip_rows;
     }
   }
+  pack_pieces<strip_rows>(a + whole, lda, 1, k, m - whole, packed);
 }
 
 template <typename R>
@@ -242,6 +228,7 @@ constexpr Products<R> table{
     strip_rows,
     pack<R>,
     multiply<R>,
+    pack_transposed<R>,
     multiply_transposed<R>};
 
 } // namespace

@@ -34,6 +34,7 @@ class Scratch {
 struct Worker {
   Scratch columns;
   Scratch rows;
+  Scratch packed_rows;
   Scratch samples;
   Scratch groups;
 };

@@ -284,12 +284,15 @@ class WeightGradProduct {
           const R* a = rows + g * shape_.out;
           R* c = sums + g * shape_.out * shape_.row + shape_.column(block, g);
           if (own_) {
+            const int64_t k = block.pixels();
+            R* packed = worker.packed_rows.get<R>(
+                own_->packed_transposed_size(k, shape_.out));
+            own_->pack_transposed(a, params_.O, k, shape_.out, packed);
             own_->multiply_transposed(
                 shape_.out,
                 width,
-                block.pixels(),
-                a,
-                params_.O,
+                k,
+                packed,
                 part,
                 stride,
                 c,
