@@ -48,10 +48,10 @@ void forward(
     T* out) {
   const DeformConv2dParams& p = source.params;
   const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
-  const int64_t tile = pixels_per_tile(source.pixels());
 
   ThreadPool::Session session(ThreadPool::instance());
   const ForwardProduct<R> product(session, p, weight);
+  const int64_t tile = pixels_per_tile(source.pixels(), product.most_pixels());
   const int64_t strip = product.pixels_at_once(tile);
 
   session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {

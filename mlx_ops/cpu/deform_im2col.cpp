@@ -18,7 +18,7 @@ template <typename T, typename R>
 void im2col(const Source<T, R>& source, T* columns) {
   const DeformConv2dParams& p = source.params;
   const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
-  const int64_t tile = pixels_per_tile(source.pixels());
+  const int64_t tile = pixels_per_tile(source.pixels(), tile_pixels);
 
   ThreadPool::Session session(ThreadPool::instance());
   session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {

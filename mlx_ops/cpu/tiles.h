@@ -168,9 +168,8 @@ inline std::vector<ColumnRange> column_ranges(
 
 // Pixels of one tile: large enough for an efficient product, small enough that
 // small maps still make a few tiles; all but the last are of one size.
-inline int64_t pixels_per_tile(int64_t pixels) {
-  const int64_t most =
-      std::clamp<int64_t>(round_up(ceil_div(pixels, 16), 16), 32, tile_pixels);
+inline int64_t pixels_per_tile(int64_t pixels, int64_t most) {
+  most = std::clamp<int64_t>(round_up(ceil_div(pixels, 16), 16), 32, most);
   return pixels == 0 ? most : ceil_div(pixels, ceil_div(pixels, most));
 }
 
@@ -235,8 +234,7 @@ void sampling_vjp(
       ceil_div(source.taps(), ceil_div(source.taps(), most_taps)));
   const int64_t pixel_bytes =
       step * (p.C * sizeof(R) + p.DG * sizeof(Sample<R>));
-  const int64_t tile =
-      std::min(pixels_per_tile(source.pixels()), chunk_tile_pixels);
+  const int64_t tile = pixels_per_tile(source.pixels(), chunk_tile_pixels);
   const int64_t chunk =
       round_up(std::max<int64_t>(1, chunk_bytes / pixel_bytes), tile);
 

@@ -150,12 +150,18 @@ class ForwardProduct {
     }
   }
 
+  // How many pixels a tile may have: fewer for our own products, so that the
+  // sums stay in cache beside columns and weight.
+  int64_t most_pixels() const {
+    return own_ ? 16 * own_->strip : tile_pixels;
+  }
+
   // How many pixels to sample between two products: so few that their columns
-  // stay close, yet enough to use a panel of the weight twice; BLAS wants a
-  // whole tile.
+  // stay close, yet enough to use a panel of the weight a few times; BLAS wants
+  // a whole tile.
   int64_t pixels_at_once(int64_t tile) const {
     return shape_.depthwise() ? depthwise_pixels
-        : own_                ? 2 * own_->strip
+        : own_                ? 8 * own_->strip
                               : tile;
   }
 
