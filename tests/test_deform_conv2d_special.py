@@ -10,7 +10,9 @@ from numerics import (
     check_im2col_against_oracle,
     rounded,
     run_library,
+    run_library_im2col,
     run_oracle,
+    run_oracle_im2col,
     tolerances,
 )
 
@@ -219,3 +221,19 @@ def test_mask_of_zero_silences_all_but_nan():
         got["output"], np.broadcast_to(arrays["bias"], config.output_shape)
     )
     check_against_oracle(config, arrays, "float32")
+
+
+@pytest.mark.parametrize("mask", [np.inf, -np.inf])
+@pytest.mark.parametrize("offsets", [0.7, "integer"])
+def test_infinite_masks(mask, offsets):
+    """Infinite times the sample: corners that weigh nothing do not make it NaN."""
+    config = Config(C=24, offsets=offsets)
+    arrays = rounded(random_arrays(config, 0), "float32")
+    arrays["mask"] = scattered(arrays["mask"], mask, every=5)
+    with np.errstate(invalid="ignore"):  # infinity times a sample of 0, beyond the image
+        want = run_oracle_im2col(config, arrays, coordinate_dtype=np.float32)["columns"]
+    got = run_library_im2col(config, arrays, "float32")["columns"]
+    special = ~np.isfinite(want)
+    assert np.isinf(want).any()
+    np.testing.assert_array_equal(got[special], want[special])
+    assert np.isfinite(got[~special]).all()

@@ -213,6 +213,18 @@ struct Cells {
   }
 };
 
+// For what is read in pieces here and there, which the machine doesn't foresee.
+// May point beyond an array's end.
+template <typename R>
+static inline void fetch_ahead(const R* from, int64_t count) {
+  constexpr int64_t line = 64;
+  const auto begin = (uintptr_t)from;
+  const uintptr_t end = begin + count * sizeof(R);
+  for (uintptr_t at = begin & ~uintptr_t(line - 1); at < end; at += line) {
+    __builtin_prefetch((const void*)at);
+  }
+}
+
 template <typename R>
 void plan(
     const DeformConv2dParams& params,
@@ -236,17 +248,11 @@ void plan(
     cells.choose_pixels(params, begin, count);
     for (int dg = groups.first; dg < groups.last; ++dg) {
       for (int i = 0; i < count; ++i) {
-        const int64_t at = (begin + Cells<R>::most + i) * pixel_masks +
+        const int64_t next = (begin + Cells<R>::most + i) * pixel_masks +
             int64_t(dg) * taps + block.tap_begin;
-        const char* o = (const char*)(offset + 2 * at);
-        for (int j = 0; j < block.taps() * 2 * int(sizeof(R)); j += 64)
-          __builtin_prefetch(o + j);
-        __builtin_prefetch(o + block.taps() * 2 * sizeof(R) - 1);
+        fetch_ahead(offset + 2 * next, 2 * block.taps());
         if (mask) {
-          const char* o = (const char*)(mask + at);
-          for (int j = 0; j < block.taps() * int(sizeof(R)); j += 64)
-            __builtin_prefetch(o + j);
-          __builtin_prefetch(o + block.taps() * sizeof(R) - 1);
+          fetch_ahead(mask + next, block.taps());
         }
       }
     }
