@@ -106,7 +106,8 @@ struct ThreadPool::State {
   std::condition_variable wake;
   std::condition_variable done;
   uint64_t batch{0};
-  std::atomic<int> busy{0};
+  bool open{false}; // the batch takes workers
+  std::atomic<int> busy{0}; // workers that it took
   bool stop{false};
   std::exception_ptr error;
   const std::function<void(int64_t, Worker&)>* task{nullptr};
@@ -157,6 +158,10 @@ struct ThreadPool::State {
           return;
         }
         seen = batch;
+        if (!open) {
+          continue;
+        }
+        ++busy;
       }
       work(self);
       std::lock_guard lock(mutex);
@@ -242,13 +247,19 @@ void ThreadPool::Session::run(
       state.shares[i].next.store(count * i / n);
       state.shares[i].end = count * (i + 1) / n;
     }
-    state.busy = static_cast<int>(state.threads.size());
+    state.open = true;
     state.error = nullptr;
     ++state.batch;
     state.announced.store(state.batch);
   }
   state.wake.notify_all();
   state.work(0);
+  // All tasks are done or in somebody's hands. Whoever is still waking up isn't
+  // waited for.
+  {
+    std::lock_guard lock(state.mutex);
+    state.open = false;
+  }
   const auto all_done = [&] { return state.busy.load() == 0; };
   spin_until(all_done);
   std::unique_lock lock(state.mutex);
