@@ -52,14 +52,6 @@ struct Sample {
   }
 };
 
-// Element offsets of a cell's corners from the upper left one.
-struct CornerSteps {
-  int64_t step[4];
-
-  explicit CornerSteps(const DeformConv2dParams& p)
-      : step{0, p.C, int64_t(p.W) * p.C, int64_t(p.W) * p.C + p.C} {}
-};
-
 // A block of columns: some output pixels, some taps, some channels.
 struct Block {
   int64_t pixel_begin;

@@ -184,6 +184,14 @@ void plan(
   }
 }
 
+// Element offsets of a cell's corners from the upper left one.
+struct CornerSteps {
+  int64_t step[4];
+
+  explicit CornerSteps(const DeformConv2dParams& p)
+      : step{0, p.C, int64_t(p.W) * p.C, int64_t(p.W) * p.C + p.C} {}
+};
+
 // The four corners of a sample, from some channel on.
 template <typename T>
 struct Corners {
