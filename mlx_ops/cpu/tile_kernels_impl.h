@@ -20,7 +20,6 @@ template <typename R>
 static inline Four<R> sums_of(const Vector<R> (&v)[4]) {
   constexpr int width = VectorOf<R>::width;
   Four<R> sums;
-#if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
   if constexpr (width >= 4) {
     typedef R Quad __attribute__((vector_size(4 * sizeof(R))));
@@ -44,7 +43,6 @@ static inline Four<R> sums_of(const Vector<R> (&v)[4]) {
     __builtin_memcpy(&sums, &all, sizeof(sums));
     return sums;
   }
-#endif
 #endif
   for (int i = 0; i < 4; ++i) {
     sums.of[i] = v[i][0];
@@ -117,7 +115,7 @@ struct Cells {
       lx[i] = cell.lx + nan_or_0;
       flags[i] = int(cell.corner[0]) | int(cell.corner[1]) << 1 |
           int(cell.corner[2]) << 2 | int(cell.corner[3]) << 3 |
-          int(cell.inside || cell.nan) << 4;
+          int(cell.inside || cell.nan) * Sample<R>::live_bit;
     }
   }
 };
