@@ -14,9 +14,15 @@ set(MLX_DEFORM_CORE_SOURCES
     mlx_ops/cpu/thread_pool.cpp
     mlx_ops/cpu/tile_kernels.cpp
     mlx_ops/cpu/transpose.cpp
+    mlx_ops/gpu/chunks.cpp
     mlx_ops/gpu/deform_conv2d.cpp
     mlx_ops/gpu/deform_im2col.cpp
     mlx_ops/gpu/dispatch.cpp
+    mlx_ops/gpu/dispatch_direct.cpp
+    mlx_ops/gpu/dispatch_products.cpp
+    mlx_ops/gpu/in_place_route.cpp
+    mlx_ops/gpu/own_outputs_route.cpp
+    mlx_ops/gpu/plan_arithmetic.cpp
     mlx_ops/gpu/run_now.cpp
     mlx_ops/cuda/launch.cpp)
 
@@ -39,7 +45,8 @@ set(MLX_DEFORM_METAL_KERNELS
     metal/deform_im2col.metal
     metal/deform_col2im.metal
     metal/deform_offset_grad.metal
-    metal/deform_column_product.metal
+    metal/deform_product.metal
+    metal/deform_direct.metal
     metal/zero_fill.metal)
 
 # Likewise, each file as a text of its own: cuda/deform_<name>.cu.

@@ -4,16 +4,28 @@
 
 #include "cuda/channel_vector.h"
 #include "cuda/launch.h"
+#include "mlx_ops/gpu/corner_sums.h"
 #include "mlx_ops/gpu/deform_sample.h"
 
 namespace mlx_deform {
 
+template <typename Index>
+struct ImagePlace {
+  float* grad_input;
+  int step; // between the channels of a thread
+
+  __device__ void add(Index at, int k, float sum) {
+    atomicAdd(grad_input + at + Index(k * step), sum);
+  }
+};
+
 // Scatter with atomics: the order of the additions, and with it the rounding,
-// varies from run to run. A thread takes single channels: neighbouring threads
+// varies from run to run. Neighbouring threads take neighbouring channels: they
 // then add to neighbouring words, one cache line for a whole warp, where
-// vectors would spread each addition over several lines.
+// vectors would spread each addition over several lines. A thread takes V
+// channels, a row of threads apart, of pixels_per_thread pixels.
 //
-// grid: (lanes, kH * kW * DG, pixels)
+// grid: (lanes * blocks of V channels, kH * kW * DG, runs of pixels)
 template <typename T, typename Index, int V, bool has_mask>
 __device__ inline void deform_col2im(
     const T* __restrict__ grad_columns, // by column_index
@@ -21,44 +33,57 @@ __device__ inline void deform_col2im(
     const float* __restrict__ mask, // (N, Ho, Wo, DG, kH, kW)
     float* __restrict__ grad_input, // (N, H, W, C)
     const LaunchArguments& launch) {
-  static_assert(V == 1, "the plan gives a thread single channels");
   const Position at = thread_position(launch);
   if (!in_grid(at, launch)) {
     return;
   }
   const DeformConv2dParams& p = launch.params;
   SampleId<Index> id;
-  id.pixel = Index(p.pixel_begin) + Index(at.z);
   id.tap = at.y / p.DG;
   id.group = at.y - id.tap * p.DG;
-
-  const SamplePosition<Index> position = sample_position<Index>(id, p, offset);
-  const BilinearCell<float> cell =
-      bilinear_cell<float>(position.y, position.x, p.H, p.W);
-  if (!cell.inside) { // beyond the image or NaN: no pixel has a share
-    return;
-  }
-  const CornerWeights<float> weights = value_weights<float>(cell);
-  const Index corners = cell_index<Index>(position.image, cell, p);
-  float scale = 1.0f;
-  if constexpr (has_mask) {
-    scale = mask[sample_index<Index>(id, p)];
-  }
-
   const int width = p.C / p.DG;
-  for (int c = at.x; c < width; c += launch.grid[0]) {
-    const int channel = id.group * width + c;
-    const float grad = scale *
-        static_cast<float>(grad_columns[column_index<Index>(id, channel, p)]);
-    for (int i = 0; i < 4; ++i) {
-      const float share = weights.w[i] * grad;
-      // Integer offsets, zero ones above all, leave three corners without a
-      // share: no atomic for those. A NaN is not equal to zero and is added.
-      if (cell.corner[i] && share != 0.0f) {
-        atomicAdd(
-            grad_input + corner_index<Index>(corners, i, channel, p), share);
+  const int first = id.group * width; // channel of the group
+  const int channel = first + at.x;
+  ImagePlace<Index> place;
+  place.grad_input = grad_input;
+  place.step = launch.grid[0];
+
+  const Index begin =
+      Index(p.pixel_begin) + Index(at.z) * Index(launch.pixels_per_thread);
+  const Index last = begin + Index(launch.pixels_per_thread);
+  const Index end = last < Index(p.pixel_end) ? last : Index(p.pixel_end);
+  CornerSums<V, Index> sums = no_sums<V, Index>();
+  for (id.pixel = begin; id.pixel < end; ++id.pixel) {
+    const SamplePosition<Index> position =
+        sample_position<Index>(id, p, offset);
+    const BilinearCell<float> cell =
+        bilinear_cell<float>(position.y, position.x, p.H, p.W);
+    if (!cell.inside) { // beyond the image or NaN: no pixel has a share
+      continue;
+    }
+    sums = move_to<V, Index>(
+        cell_index<Index>(position.image, cell, p), sums, channel, p, place);
+    const CornerWeights<float> weights = value_weights<float>(cell);
+    float scale = 1.0f;
+    if constexpr (has_mask) {
+      scale = mask[sample_index<Index>(id, p)];
+    }
+    for (int k = 0; k < V; ++k) {
+      const int c = channel + k * place.step;
+      if (c < first + width) {
+        const float grad = scale *
+            static_cast<float>(grad_columns[column_index<Index>(id, c, p)]);
+        for (int i = 0; i < 4; ++i) {
+          // An infinite gradient leaves a corner without weight alone.
+          if (cell.corner[i] && weights.w[i] != 0.0f) {
+            sums.at[i][k] += weights.w[i] * grad;
+          }
+        }
       }
     }
+  }
+  for (int i = 0; i < 4; ++i) {
+    sums = let_go<V, Index>(sums, i, channel, p, place);
   }
 }
 
@@ -149,7 +174,7 @@ __device__ inline void deform_col2im_ordered(
         }
         for (int i = 0; i < 4; ++i) {
           const bool touches_row = cell.y + (i >> 1) == row;
-          if (cell.corner[i] && touches_row) {
+          if (cell.corner[i] && touches_row && weights.w[i] != 0.0f) {
             const Index x_at = Index(cell.x + (i & 1));
             grad_input[row_index + x_at * Index(p.C)] += weights.w[i] * grad;
           }

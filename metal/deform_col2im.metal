@@ -5,62 +5,99 @@
 #include <metal_stdlib>
 
 #include "metal/channel_vector.h"
+#include "metal/column_cotangent.h"
 #include "metal/function_constants.h"
 #include "metal/kernel_names.h"
+#include "mlx_ops/gpu/corner_sums.h"
 #include "mlx_ops/gpu/deform_sample.h"
 
 using namespace mlx_deform;
 
+template <typename Index>
+struct ImagePlace {
+  device metal::atomic_float* grad_input;
+  int step; // between the channels of a thread
+
+  void add(Index at, int k, float sum) {
+    metal::atomic_fetch_add_explicit(
+        grad_input + at + Index(k * step), sum, metal::memory_order_relaxed);
+  }
+};
+
 // Scatter with atomics: the order of the additions, and with it the rounding,
-// varies from run to run. A thread takes single channels: neighbouring threads
+// varies from run to run. Neighbouring threads take neighbouring channels: they
 // then add to neighbouring words, one cache line for a whole SIMD group, where
-// vectors would spread each addition over several lines.
+// vectors would spread each addition over several lines. A thread takes V
+// channels, a row of threads apart, of pixels_per_thread pixels.
 //
-// grid: (lanes, kH * kW * DG, pixels)
-template <typename T, typename Index>
+// grid: (lanes * blocks of V channels, kH * kW * DG, runs of pixels)
+template <typename T, int V, typename Index>
 [[kernel]] void deform_col2im(
-    const device T* grad_columns [[buffer(0)]], // by column_index
+    const device T* grad_columns
+    [[buffer(0), function_constant(has_columns)]], // by column_index
     const device float* offset [[buffer(1)]], // (N, Ho, Wo, DG, kH, kW, 2)
     const device float* mask
     [[buffer(2), function_constant(has_mask)]], // (N, Ho, Wo, DG, kH, kW)
     device metal::atomic_float* grad_input [[buffer(3)]], // (N, H, W, C)
     constant DeformConv2dParams& p [[buffer(4)]],
+    const device T* cotangent
+    [[buffer(5), function_constant(is_direct)]], // (N, Ho, Wo, O)
+    const device T* weight
+    [[buffer(6), function_constant(is_direct)]], // (O, kH, kW, C / G)
     metal::uint3 at [[thread_position_in_grid]],
     metal::uint3 grid [[threads_per_grid]]) {
   SampleId<Index> id;
-  id.pixel = Index(p.pixel_begin) + Index(at.z);
   id.tap = int(at.y) / p.DG;
   id.group = int(at.y) - id.tap * p.DG;
-
-  const SamplePosition<Index> position = sample_position<Index>(id, p, offset);
-  const BilinearCell<float> cell =
-      bilinear_cell<float>(position.y, position.x, p.H, p.W);
-  if (!cell.inside) { // beyond the image or NaN: no pixel has a share
-    return;
-  }
-  const CornerWeights<float> weights = value_weights<float>(cell);
-  const Index corners = cell_index<Index>(position.image, cell, p);
-  float scale = 1.0f;
-  if (has_mask) {
-    scale = mask[sample_index<Index>(id, p)];
-  }
-
   const int width = p.C / p.DG;
-  for (int c = int(at.x); c < width; c += int(grid.x)) {
-    const int channel = id.group * width + c;
-    const float grad = scale *
-        static_cast<float>(grad_columns[column_index<Index>(id, channel, p)]);
-    for (int i = 0; i < 4; ++i) {
-      const float share = weights.w[i] * grad;
-      // Integer offsets, zero ones above all, leave three corners without a
-      // share: no atomic for those. A NaN is not equal to zero and is added.
-      if (cell.corner[i] && share != 0.0f) {
-        metal::atomic_fetch_add_explicit(
-            grad_input + corner_index<Index>(corners, i, channel, p),
-            share,
-            metal::memory_order_relaxed);
+  const int first = id.group * width; // channel of the group
+  const int channel = first + int(at.x);
+  ImagePlace<Index> place;
+  place.grad_input = grad_input;
+  place.step = int(grid.x);
+
+  const Index begin =
+      Index(p.pixel_begin) + Index(at.z) * Index(pixels_per_thread);
+  const Index end =
+      metal::min(begin + Index(pixels_per_thread), Index(p.pixel_end));
+  CornerSums<V, Index> sums = no_sums<V, Index>();
+  for (id.pixel = begin; id.pixel < end; ++id.pixel) {
+    const SamplePosition<Index> position =
+        sample_position<Index>(id, p, offset);
+    const BilinearCell<float> cell =
+        bilinear_cell<float>(position.y, position.x, p.H, p.W);
+    if (!cell.inside) { // beyond the image or NaN: no pixel has a share
+      continue;
+    }
+    sums = move_to<V, Index>(
+        cell_index<Index>(position.image, cell, p), sums, channel, p, place);
+    const CornerWeights<float> weights = value_weights<float>(cell);
+    float scale = 1.0f;
+    if (has_mask) {
+      scale = mask[sample_index<Index>(id, p)];
+    }
+    for (int k = 0; k < V; ++k) {
+      if (channel + k * place.step < first + width) {
+        const float grad = scale *
+            column_cotangent<T, 1, Index>(
+                grad_columns,
+                cotangent,
+                weight,
+                id,
+                channel + k * place.step,
+                p)
+                .at[0];
+        for (int i = 0; i < 4; ++i) {
+          // An infinite gradient leaves a corner without weight alone.
+          if (cell.corner[i] && weights.w[i] != 0.0f) {
+            sums.at[i][k] += weights.w[i] * grad;
+          }
+        }
       }
     }
+  }
+  for (int i = 0; i < 4; ++i) {
+    sums = let_go<V, Index>(sums, i, channel, p, place);
   }
 }
 
@@ -73,12 +110,17 @@ template <typename T, typename Index>
 // grid: (groups of 32 lanes * group size, ...): `tasks` SIMD groups, see below
 template <typename T, typename Index>
 [[kernel]] void deform_col2im_ordered(
-    const device T* grad_columns [[buffer(0)]], // by column_index
+    const device T* grad_columns
+    [[buffer(0), function_constant(has_columns)]], // by column_index
     const device float* offset [[buffer(1)]], // (N, Ho, Wo, DG, kH, kW, 2)
     const device float* mask
     [[buffer(2), function_constant(has_mask)]], // (N, Ho, Wo, DG, kH, kW)
     device float* grad_input [[buffer(3)]], // (N, H, W, C)
     constant DeformConv2dParams& p [[buffer(4)]],
+    const device T* cotangent
+    [[buffer(5), function_constant(is_direct)]], // (N, Ho, Wo, O)
+    const device T* weight
+    [[buffer(6), function_constant(is_direct)]], // (O, kH, kW, C / G)
     metal::uint3 group_at [[threadgroup_position_in_grid]],
     metal::uint3 group_size [[threads_per_threadgroup]],
     uint simd_at [[simdgroup_index_in_threadgroup]],
@@ -141,14 +183,15 @@ template <typename T, typename Index>
         const BilinearCell<float> cell =
             bilinear_cell<float>(hit_y, hit_x, p.H, p.W);
         const CornerWeights<float> weights = value_weights<float>(cell);
-        float grad = static_cast<float>(
-            grad_columns[column_index<Index>(hit_id, channel, p)]);
+        float grad = column_cotangent<T, 1, Index>(
+                         grad_columns, cotangent, weight, hit_id, channel, p)
+                         .at[0];
         if (has_mask) {
           grad *= mask[sample_index<Index>(hit_id, p)];
         }
         for (int i = 0; i < 4; ++i) {
           const bool touches_row = cell.y + (i >> 1) == row;
-          if (cell.corner[i] && touches_row) {
+          if (cell.corner[i] && touches_row && weights.w[i] != 0.0f) {
             const Index x_at = Index(cell.x + (i & 1));
             grad_input[row_index + x_at * Index(p.C)] += weights.w[i] * grad;
           }
@@ -162,8 +205,14 @@ template <typename T, typename Index>
 }
 
 MLX_DEFORM_INSTANTIATE(
-    deform_col2im,
-    deform_col2im<MLX_DEFORM_T, MLX_DEFORM_INDEX>)
+    deform_col2im_v1,
+    deform_col2im<MLX_DEFORM_T, 1, MLX_DEFORM_INDEX>)
+MLX_DEFORM_INSTANTIATE(
+    deform_col2im_v2,
+    deform_col2im<MLX_DEFORM_T, 2, MLX_DEFORM_INDEX>)
+MLX_DEFORM_INSTANTIATE(
+    deform_col2im_v4,
+    deform_col2im<MLX_DEFORM_T, 4, MLX_DEFORM_INDEX>)
 MLX_DEFORM_INSTANTIATE(
     deform_col2im_ordered,
     deform_col2im_ordered<MLX_DEFORM_T, MLX_DEFORM_INDEX>)

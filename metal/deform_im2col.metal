@@ -45,16 +45,9 @@ template <typename T, int V, typename Index>
     const int channel = id.group * width + c;
     const Corners<V> pixels =
         load_corners<T, V, Index>(input, cell, corners, channel, p);
-    Channels<V> column;
-    for (int v = 0; v < V; ++v) {
-      float value = 0.0f;
-      for (int i = 0; i < 4; ++i) {
-        value += weights.w[i] * pixels.at[i].at[v];
-      }
-      column.at[v] = scale * value;
-    }
     ChannelIO<T, V>::store(
-        columns + column_index<Index>(id, channel, p), column);
+        columns + column_index<Index>(id, channel, p),
+        interpolate<V>(weights, pixels, scale));
   }
 }
 

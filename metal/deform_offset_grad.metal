@@ -9,6 +9,7 @@
 #include <metal_stdlib>
 
 #include "metal/channel_vector.h"
+#include "metal/column_cotangent.h"
 #include "metal/function_constants.h"
 #include "metal/kernel_names.h"
 #include "mlx_ops/gpu/deform_sample.h"
@@ -30,12 +31,17 @@ template <typename T, int V, typename Index>
     const device float* offset [[buffer(1)]], // (N, Ho, Wo, DG, kH, kW, 2)
     const device float* mask
     [[buffer(2), function_constant(has_mask)]], // (N, Ho, Wo, DG, kH, kW)
-    const device T* grad_columns [[buffer(3)]], // by column_index
+    const device T* grad_columns
+    [[buffer(3), function_constant(has_columns)]], // by column_index
     device float* grad_offset
     [[buffer(4), function_constant(wants_offset)]], // as offset
     device float* grad_mask
     [[buffer(5), function_constant(wants_mask)]], // as mask
     constant DeformConv2dParams& p [[buffer(6)]],
+    const device T* cotangent
+    [[buffer(7), function_constant(is_direct)]], // (N, Ho, Wo, O)
+    const device T* weight
+    [[buffer(8), function_constant(is_direct)]], // (O, kH, kW, C / G)
     metal::uint3 group_at [[threadgroup_position_in_grid]],
     metal::uint3 groups [[threadgroups_per_grid]],
     metal::uint3 group_size [[threads_per_threadgroup]],
@@ -74,8 +80,8 @@ template <typename T, int V, typename Index>
       const int width = p.C / p.DG;
       for (int c = lane * V; c < width; c += segment_lanes * V) {
         const int channel = id.group * width + c;
-        const Channels<V> grad = ChannelIO<T, V>::load(
-            grad_columns + column_index<Index>(id, channel, p));
+        const Channels<V> grad = column_cotangent<T, V, Index>(
+            grad_columns, cotangent, weight, id, channel, p);
         const Corners<V> pixels =
             load_corners<T, V, Index>(input, cell, corners, channel, p);
         for (int i = 0; i < 4; ++i) {

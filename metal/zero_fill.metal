@@ -1,10 +1,14 @@
-// Zeros for the float32 buffers that other kernels add to.
+// Zeros for the float32 buffers that other kernels add to. Every library has
+// it, so that a call in half precision needs no second library.
 
 #include <metal_stdlib>
 
+#include "metal/kernel_names.h"
+
 // The host caps the grid, so a thread may write more than once. Neighbouring
 // threads write neighbouring words.
-[[kernel]] void zero_fill_float32(
+template <typename Index>
+[[kernel]] void zero_fill(
     device float* out [[buffer(0)]], // (size)
     constant long& size [[buffer(1)]],
     uint at [[thread_position_in_grid]],
@@ -13,3 +17,5 @@
     out[i] = 0.0f;
   }
 }
+
+MLX_DEFORM_INSTANTIATE(zero_fill, zero_fill<MLX_DEFORM_INDEX>)

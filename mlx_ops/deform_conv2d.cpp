@@ -4,6 +4,8 @@
 
 #include "mlx/ops.h"
 #include "mlx_ops/dtypes.h"
+#include "mlx_ops/gpu/chunks.h"
+#include "mlx_ops/gpu/kernels.h"
 #include "mlx_ops/portable.h"
 
 namespace mlx_deform {
@@ -14,6 +16,41 @@ const std::string tag = "deform_conv2d";
 
 std::optional<mx::Shape> shape_of(const std::optional<mx::array>& x) {
   return x ? std::optional(x->shape()) : std::nullopt;
+}
+
+// How many primitives share the work.
+int pieces_of(const DeformConv2dParams& p, gpu::Work work, mx::Stream stream) {
+  const bool on_gpu =
+      stream.device == mx::Device::gpu || gpu::stands_in_on_cpu();
+  if (!on_gpu || !gpu::in_place(stream)) {
+    return 1;
+  }
+  work.deterministic = gpu::deterministic();
+  return gpu::piece_count(p, work);
+}
+
+// The outputs of the last piece.
+template <typename MakePrimitive>
+std::vector<mx::array> chain_of_pieces(
+    int count,
+    const std::vector<mx::array>& inputs,
+    const std::vector<mx::Shape>& shapes,
+    mx::Dtype dtype,
+    const MakePrimitive& make_primitive,
+    mx::Stream stream) {
+  std::vector<mx::array> outputs;
+  for (int i = 0; i < count; ++i) {
+    std::vector<mx::array> all = inputs;
+    for (const mx::array& previous : outputs) {
+      all.push_back(mx::stop_gradient(previous, stream));
+    }
+    outputs = mx::array::make_arrays(
+        shapes,
+        std::vector<mx::Dtype>(shapes.size(), dtype),
+        make_primitive(Piece{i, count}),
+        all);
+  }
+  return outputs;
 }
 
 } // namespace
@@ -77,12 +114,18 @@ mx::array deform_conv2d(
   if (mask) {
     inputs.push_back(as_operand(*mask, types.compute, stream));
   }
-  const mx::array out(
-      mx::Shape{p.N, p.Ho, p.Wo, p.O},
+  gpu::Work work;
+  work.output = true;
+  const mx::array out = chain_of_pieces(
+      pieces_of(p, work, stream),
+      inputs,
+      {{p.N, p.Ho, p.Wo, p.O}},
       types.storage,
-      std::make_shared<DeformConv2d>(
-          stream, geometry, bias.has_value(), mask.has_value()),
-      std::move(inputs));
+      [&](Piece piece) {
+        return std::make_shared<DeformConv2d>(
+            stream, geometry, bias.has_value(), mask.has_value(), piece);
+      },
+      stream)[0];
   return mx::astype(out, types.result, stream);
 }
 
@@ -107,7 +150,7 @@ std::vector<mx::Shape> DeformConv2d::output_shapes(
 bool DeformConv2d::is_equivalent(const mx::Primitive& other) const {
   const auto& o = static_cast<const DeformConv2d&>(other);
   return geometry_ == o.geometry_ && has_bias_ == o.has_bias_ &&
-      has_mask_ == o.has_mask_;
+      has_mask_ == o.has_mask_ && piece_ == o.piece_;
 }
 
 std::vector<mx::array> DeformConv2d::vjp(
@@ -126,11 +169,9 @@ std::vector<mx::array> DeformConv2d::vjp(
 
   const Wanted wanted{
       wants(0), wants(1), wants(2), has_mask_ && wants(mask_index())};
-  std::vector<mx::Shape> shapes;
   std::vector<int> owners; // the argument that each gradient belongs to
   const auto add = [&](bool is_wanted, int index) {
     if (is_wanted) {
-      shapes.push_back(primals[index].shape());
       owners.push_back(index);
     }
   };
@@ -140,17 +181,13 @@ std::vector<mx::array> DeformConv2d::vjp(
   add(wanted.mask, mask_index());
 
   std::vector<mx::array> gradients;
-  if (!shapes.empty()) {
+  if (!owners.empty()) {
     std::vector<mx::array> inputs{input, offset, weight, cotangent};
     if (has_mask_) {
       inputs.push_back(primals[mask_index()]);
     }
-    gradients = mx::array::make_arrays(
-        shapes,
-        std::vector<mx::Dtype>(shapes.size(), compute),
-        std::make_shared<DeformConv2dVJP>(
-            stream(), geometry_, has_mask_, wanted),
-        inputs);
+    gradients =
+        DeformConv2dVJP::apply(inputs, geometry_, has_mask_, wanted, stream());
   }
 
   std::vector<mx::array> out;
@@ -170,6 +207,30 @@ std::vector<mx::array> DeformConv2d::vjp(
     }
   }
   return out;
+}
+
+std::vector<mx::array> DeformConv2dVJP::apply(
+    const std::vector<mx::array>& inputs,
+    Geometry geometry,
+    bool has_mask,
+    Wanted wanted,
+    mx::Stream stream) {
+  const auto make_primitive = [&](Piece piece) {
+    return std::make_shared<DeformConv2dVJP>(
+        stream, geometry, has_mask, wanted, piece);
+  };
+  const std::shared_ptr<DeformConv2dVJP> whole = make_primitive({});
+  gpu::Work work;
+  work.grad_input = wanted.input;
+  work.grad_samples = wanted.offset || wanted.mask;
+  work.grad_weight = wanted.weight;
+  return chain_of_pieces(
+      pieces_of(whole->params(inputs), work, stream),
+      inputs,
+      whole->output_shapes(inputs),
+      inputs[1].dtype(),
+      make_primitive,
+      stream);
 }
 
 DeformConv2dParams DeformConv2dVJP::params(
@@ -205,7 +266,7 @@ std::vector<mx::Shape> DeformConv2dVJP::output_shapes(
 bool DeformConv2dVJP::is_equivalent(const mx::Primitive& other) const {
   const auto& o = static_cast<const DeformConv2dVJP&>(other);
   return geometry_ == o.geometry_ && has_mask_ == o.has_mask_ &&
-      wanted_ == o.wanted_;
+      wanted_ == o.wanted_ && piece_ == o.piece_;
 }
 
 } // namespace mlx_deform

@@ -27,20 +27,34 @@ mx::array deform_conv2d(
     const std::optional<mx::array>& mask = std::nullopt,
     mx::StreamOrDevice s = {});
 
+// Work that a GPU's watchdog might end comes as a chain of primitives, each of
+// which computes the pixels of its piece (gpu/chunks.h). A piece's last inputs
+// are the outputs of the piece before it, whose memory it goes on with. The last
+// piece stands for the whole convolution, for its derivatives too: the others
+// come in behind a stop_gradient, and no transform looks at them.
+struct Piece {
+  int index{0};
+  int count{1};
+
+  bool operator==(const Piece&) const = default;
+};
+
 // Inputs: input (T), offset (R), weight (W), [bias (W)], [mask (R)], all
-// row-contiguous. T is the output's type, R float32 or float64, and W is R on
-// the CPU (its products are) and T on a GPU.
+// row-contiguous, [the piece before]. T is the output's type, R float32 or
+// float64, and W is R on the CPU (its products are) and T on a GPU.
 class DeformConv2d : public mx::Primitive {
  public:
   DeformConv2d(
       mx::Stream stream,
       Geometry geometry,
       bool has_bias,
-      bool has_mask)
+      bool has_mask,
+      Piece piece)
       : mx::Primitive(stream),
         geometry_(geometry),
         has_bias_(has_bias),
-        has_mask_(has_mask) {}
+        has_mask_(has_mask),
+        piece_(piece) {}
 
   void eval_cpu(
       const std::vector<mx::array>& inputs,
@@ -81,6 +95,7 @@ class DeformConv2d : public mx::Primitive {
   Geometry geometry_;
   bool has_bias_;
   bool has_mask_;
+  Piece piece_;
 };
 
 // Which gradients DeformConv2dVJP computes; its outputs come in this order.
@@ -94,18 +109,29 @@ struct Wanted {
 };
 
 // Inputs: input, offset, weight, cotangent (T), [mask], as DeformConv2d has
-// them. The gradients are of type R, whatever T is.
+// them, [the gradients of the piece before]. The gradients are of type R,
+// whatever T is.
 class DeformConv2dVJP : public mx::Primitive {
  public:
   DeformConv2dVJP(
       mx::Stream stream,
       Geometry geometry,
       bool has_mask,
-      Wanted wanted)
+      Wanted wanted,
+      Piece piece)
       : mx::Primitive(stream),
         geometry_(geometry),
         has_mask_(has_mask),
-        wanted_(wanted) {}
+        wanted_(wanted),
+        piece_(piece) {}
+
+  // The gradients, in however many pieces. `inputs` as above, of one piece.
+  static std::vector<mx::array> apply(
+      const std::vector<mx::array>& inputs,
+      Geometry geometry,
+      bool has_mask,
+      Wanted wanted,
+      mx::Stream stream);
 
   void eval_cpu(
       const std::vector<mx::array>& inputs,
@@ -140,6 +166,7 @@ class DeformConv2dVJP : public mx::Primitive {
   Geometry geometry_;
   bool has_mask_;
   Wanted wanted_;
+  Piece piece_;
 };
 
 } // namespace mlx_deform

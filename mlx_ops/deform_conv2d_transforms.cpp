@@ -215,12 +215,8 @@ std::pair<std::vector<mx::array>, std::vector<int>> DeformConv2dVJP::vmap(
   for (mx::array& x : folded) {
     x = mx::contiguous(x, false, s);
   }
-  const std::vector<mx::Shape> shapes = output_shapes(folded);
-  std::vector<mx::array> gradients = mx::array::make_arrays(
-      shapes,
-      std::vector<mx::Dtype>(shapes.size(), inputs[1].dtype()),
-      std::make_shared<DeformConv2dVJP>(s, geometry_, has_mask_, wanted_),
-      folded);
+  std::vector<mx::array> gradients =
+      apply(folded, geometry_, has_mask_, wanted_, s);
   size_t next = 0;
   const auto unfold = [&](bool is_wanted, bool is_weight) {
     if (is_wanted) {

@@ -8,6 +8,7 @@ import os
 import mlx.core as mx
 import pytest
 
+from gpu_cases import kernels_of, types  # noqa: F401, fixtures
 from numerics import test_device
 
 # The tolerances are float32's, and MLX's products on a GPU default to TF32, whose numbers

@@ -1,88 +1,31 @@
-"""The Metal and CUDA kernels, run on the CPU from the dispatch plans, against the oracle.
-
-Every kernel of every library (data type x index width) runs on every case that it fits,
-in three scheduling orders. See tests/metal and tests/cuda_kernels for how a CPU runs them.
+"""The kernels that sample, in Metal and CUDA, run on the CPU from the dispatch plans, against
+the oracle. The products of Metal: test_metal_products.py.
 """
 
 import mmap
-from functools import cache
 
 import numpy as np
 import pytest
 
 import metal
 from cases import Config
-from cuda_kernels import CudaKernels, variants
-from cuda_kernels.variants import INDEX_BITS, WIDTHS
-from metal.problem import DTYPES, Problem, assert_near
+from cuda_kernels.variants import WIDTHS
+from gpu_cases import (
+    CASES,
+    DTYPES,
+    RAGGED,
+    SEEDS,
+    Problem,
+    fits,
+    gradients_of,
+    metal_kernels,
+    needs_a_compiler,
+    problem_of,
+)
+from metal.problem import assert_near
 from mlx_deform import _ext
 
-pytestmark = pytest.mark.skipif(
-    metal.compiler_command() is None, reason="needs ziglang, clang++-22 or MSL_CXX"
-)
-
-SEEDS = (0, 1, 2)  # of the scheduling order
-
-RAGGED = Config(
-    N=2, H=5, W=7, C=48, O=30, kH=2, kW=3, stride=(2, 1), padding=(1, 2), dilation=(1, 2), G=2, DG=3
-)
-CASES = {
-    # C / G and C / DG of 24 and 16: vectors of 8, and groups that do not nest.
-    "groups": (RAGGED, {}),
-    "groups, no mask": (RAGGED.but(has_mask=False), {}),
-    "groups, inner chunk": (RAGGED, {"begin": 11, "end": 38}),
-    "one group": (RAGGED.but(C=24, G=1, DG=1, N=1), {}),
-    # C / DG of 1, 3, 5 and 33: no vector fits; lanes without work.
-    "depthwise": (RAGGED.but(C=6, G=6, DG=6), {"begin": 3}),
-    "three channels": (RAGGED.but(C=6, G=3, DG=2, has_mask=False), {}),
-    "five channels": (RAGGED.but(C=10, G=1, DG=2, N=1), {"end": 20}),
-    "33 channels": (RAGGED.but(C=33, G=3, DG=1, N=1), {}),
-    # 75 vectors of 4: several a thread, and the last round is not full.
-    "300 channels": (RAGGED.but(C=300, G=5, DG=1, N=1, H=3, W=4), {}),
-    "1x1 kernel": (RAGGED.but(kH=1, kW=1, C=16, G=1, DG=2, padding=(0, 0), dilation=(1, 1)), {}),
-}
-
-
-@cache
-def metal_kernels(dtype, index_bits):
-    return metal.load(_ext._metal_source(dtype, index_bits))
-
-
-@cache
-def cuda_kernels():
-    return CudaKernels([pair for pairs in variants.kernels().values() for pair in pairs])
-
-
-@pytest.fixture(params=["metal", "cuda"])
-def kernels_of(request):
-    """The kernels of a language, by data type and index width."""
-    if request.param == "metal":
-        return metal_kernels
-    return lambda dtype, index_bits: cuda_kernels()
-
-
-@cache
-def problem_of(case, dtype):
-    config, chunk = CASES[case]
-    return Problem(config, dtype, seed=len(case), **chunk)
-
-
-@cache
-def gradients_of(case, dtype):
-    return problem_of(case, dtype).expected_gradients()
-
-
-def fits(problem, width):
-    c = problem.config
-    return (c.C // c.G) % width == 0 and (c.C // c.DG) % width == 0
-
-
-@pytest.fixture(
-    params=[(d, b) for d in DTYPES for b in INDEX_BITS], ids=lambda p: f"{p[0]}-i{p[1]}"
-)
-def types(request):
-    """A data type and an index width."""
-    return request.param
+pytestmark = needs_a_compiler
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -105,9 +48,54 @@ def test_col2im(kernels_of, types, case, deterministic):
     kernels = kernels_of(*types)
     problem = problem_of(case, dtype)
     want = gradients_of(case, dtype)[0]
-    for seed in SEEDS:
-        got = problem.col2im(kernels, seed, deterministic=deterministic, index_bits=index_bits)
-        assert_near(got, want)
+    for width in (1,) if deterministic else (1, 2, 4):
+        for seed in SEEDS:
+            options = {"deterministic": deterministic, "vector_width": width}
+            got = problem.col2im(kernels, seed, index_bits=index_bits, **options)
+            assert_near(got, want)
+
+
+@pytest.mark.parametrize("walk", ["zero", "right", "left", "wavy", "down", "rough"])
+def test_col2im_carries_shared_corners(kernels_of, walk):
+    """Along rows where neighbouring pixels share corners, the same ones, or none."""
+    # Enough pixels for walks of several, whose ends lie in the middle of rows.
+    config = RAGGED.but(N=3, H=18, W=37, C=70, G=1, DG=1, stride=(1, 1))
+    problem, kernels = Problem(config, "float32", seed=8, begin=3), kernels_of("float32", 32)
+    assert problem.plan("col2im")["constants"]["pixels_per_thread"] == 4
+    rng = np.random.default_rng(9)
+    offset = np.zeros((config.N, config.Ho, config.Wo, problem.taps, 2))
+    column = np.arange(config.Wo)[:, None]
+    if walk == "right":
+        offset += (0.25, 0.375)
+    elif walk == "left":  # the next pixel's cell lies left of this one's
+        offset[..., 1] = -2 * column + 30.625
+        offset[..., 0] = 0.5
+    elif walk == "wavy":
+        offset += np.sin(column / 2)[..., None] + 0.01
+    elif walk == "down":
+        offset[..., 0] = column
+        offset[..., 1] = -column + 7.25
+    elif walk == "rough":
+        offset += 2 * rng.standard_normal(offset.shape)
+    problem.offset = offset.reshape(problem.offset.shape)
+    want = problem.expected_gradients()[0]
+    for width in (1, 2, 4):
+        assert_near(problem.col2im(kernels, 1, vector_width=width), want)
+
+
+def test_an_infinite_gradient_stays_with_the_corners_that_have_weight(kernels_of):
+    config = RAGGED.but(C=16, G=1, DG=1, has_mask=False)
+    problem, kernels = Problem(config, "float32", seed=5), kernels_of("float32", 32)
+    problem.offset = np.round(problem.offset)
+    problem.grad_columns[::3] = np.inf
+    with np.errstate(invalid="ignore"):
+        want = problem.expected_gradients()[0]
+    finite = np.isfinite(want)
+    assert finite.any()
+    for deterministic in (False, True):
+        got = problem.col2im(kernels, deterministic=deterministic)
+        assert np.isfinite(got[finite]).all()
+        assert not np.isnan(got).any()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -126,47 +114,6 @@ def test_offset_grad(kernels_of, types, case):
                 assert_near(got_offset, want_offset)
                 if has_mask:
                     assert_near(got_mask, want_mask)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_column_product(types, case):
-    dtype, index_bits = types
-    kernels = metal_kernels(*types)
-    problem = problem_of(case, dtype)
-    want = problem.expected_column_product()
-    for seed in SEEDS:
-        got = problem.column_product(kernels, seed, index_bits=index_bits)
-        assert_near(got, want, dtype)
-
-
-def test_column_product_of_several_tiles():
-    """More pixels, columns and outputs than a tile has, and a group with fewer threads."""
-    config = RAGGED.but(N=3, H=13, W=11, stride=(1, 1), C=32, O=36, G=2, DG=1)
-    problem = Problem(config, "float32", seed=6, begin=5)
-    want = problem.expected_column_product()
-    for options in ({}, {"max_threads": 128}, {"max_threads": 32}):
-        got = problem.column_product(metal_kernels("float32", 32), 1, **options)
-        assert_near(got, want)
-
-
-def test_the_cases_run_every_metal_kernel():
-    """Names as the sources instantiate them, against those that the tests above ask for."""
-    for dtype in DTYPES:
-        for index_bits in INDEX_BITS:
-            asked = {_ext._dispatch_plan("zero_fill", {"size": 1})["kernel"]}
-            for case in CASES:
-                problem = problem_of(case, dtype)
-                options = {"index_bits": index_bits}
-                for width in WIDTHS[dtype]:
-                    if fits(problem, width):
-                        wide = {**options, "vector_width": width}
-                        asked.add(problem.plan("im2col", **wide)["kernel"])
-                        asked.add(problem.plan("offset_grad", wants_mask=False, **wide)["kernel"])
-                asked.add(problem.plan("column_product", **options)["kernel"])
-                for deterministic in (False, True):
-                    plan = problem.plan("col2im", deterministic=deterministic, **options)
-                    asked.add(plan["kernel"])
-            assert asked == set(metal_kernels(dtype, index_bits).numbers)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,6 +19,7 @@
 #include "mlx/backend/cuda/cuda.h"
 #include "mlx/fast.h"
 #include "mlx/ops.h"
+#include "mlx/stream.h"
 
 #include "mlx_ops/cuda/launch.h"
 #include "mlx_ops/gpu/dispatch.h"
@@ -170,7 +171,7 @@ void im2col(
 
 void col2im(
     const DeformConv2dParams& params,
-    const mx::array& grad_columns,
+    const ColumnCotangent& grad_columns,
     const mx::array& offset,
     const mx::array* mask,
     mx::array& grad_input_f32,
@@ -180,10 +181,11 @@ void col2im(
     return stand_in::col2im(
         params, grad_columns, offset, mask, grad_input_f32, stream);
   }
-  run(plan_col2im(params, dtype_name(grad_columns), deterministic),
+  const mx::array& columns = *grad_columns.columns;
+  run(plan_col2im(params, dtype_name(columns), deterministic),
       params,
-      grad_columns.dtype(),
-      {{"grad_columns", &grad_columns}, {"offset", &offset}, {"mask", mask}},
+      columns.dtype(),
+      {{"grad_columns", &columns}, {"offset", &offset}, {"mask", mask}},
       {{"grad_input", &grad_input_f32}},
       0.0f,
       stream);
@@ -194,7 +196,7 @@ void offset_grad(
     const mx::array& input,
     const mx::array& offset,
     const mx::array* mask,
-    const mx::array& grad_columns,
+    const ColumnCotangent& grad_columns,
     mx::array* grad_offset,
     mx::array* grad_mask,
     mx::Stream stream) {
@@ -209,21 +211,34 @@ void offset_grad(
         grad_mask,
         stream);
   }
+  const mx::array& columns = *grad_columns.columns;
   run(plan_offset_grad(
           params,
           dtype_name(input),
           grad_offset != nullptr,
           grad_mask != nullptr,
-          options_for({place_of(input), place_of(grad_columns)})),
+          options_for({place_of(input), place_of(columns)})),
       params,
       input.dtype(),
       {{"input", &input},
        {"offset", &offset},
        {"mask", mask},
-       {"grad_columns", &grad_columns}},
+       {"grad_columns", &columns}},
       {{"grad_offset", grad_offset}, {"grad_mask", grad_mask}},
       std::nullopt,
       stream);
+}
+
+// Kernels that write in place: never on a CUDA stream.
+
+void output_product(
+    const DeformConv2dParams& params,
+    const mx::array& columns,
+    const mx::array& weight,
+    const mx::array* bias,
+    mx::array& out,
+    mx::Stream stream) {
+  stand_in::output_product(params, columns, weight, bias, out, stream);
 }
 
 void column_product(
@@ -235,7 +250,43 @@ void column_product(
   stand_in::column_product(params, cotangent, weight, grad_columns, stream);
 }
 
-void zero_fill(mx::array& out, mx::Stream stream) {
+void weight_product(
+    const DeformConv2dParams& params,
+    const mx::array& cotangent,
+    const mx::array& columns,
+    mx::array& grad_weight_f32,
+    bool,
+    mx::Stream stream) {
+  stand_in::weight_product(params, cotangent, columns, grad_weight_f32, stream);
+}
+
+void direct_output(
+    const DeformConv2dParams& params,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& weight,
+    const mx::array* bias,
+    mx::array& out,
+    mx::Stream stream) {
+  stand_in::direct_output(
+      params, input, offset, mask, weight, bias, out, stream);
+}
+
+void direct_weight(
+    const DeformConv2dParams& params,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& cotangent,
+    mx::array& grad_weight_f32,
+    bool,
+    mx::Stream stream) {
+  stand_in::direct_weight(
+      params, input, offset, mask, cotangent, grad_weight_f32, stream);
+}
+
+void zero_fill(mx::array& out, mx::Dtype, mx::Stream stream) {
   if (on_cpu(stream)) {
     return stand_in::zero_fill(out, stream);
   }
@@ -248,6 +299,13 @@ void keep(const mx::array& x, mx::Stream stream) {
   }
   mx::cu::get_command_encoder(stream).add_completed_handler(
       [data = x.data_shared_ptr()]() {});
+}
+
+void drain(mx::Stream stream) {
+  if (on_cpu(stream)) {
+    return stand_in::drain(stream);
+  }
+  mx::synchronize(stream);
 }
 
 bool available() {

@@ -64,11 +64,15 @@ CustomKernel custom_kernel(
   out.vector_width = launch.vector_width;
   std::string constants = "V";
   for (const gpu::FunctionConstant& constant : launch.constants) {
-    if (constant.is_bool) {
+    if (constant.name == "is_direct" || constant.name == "has_columns") {
+      // CUDA's kernels always have columns.
+    } else if (constant.is_bool) {
       constants += ", " + constant.name;
       out.flags.emplace_back(constant.name, constant.value != 0);
-    } else { // segment_lanes is the only one
+    } else if (constant.name == "segment_lanes") {
       words.segment_lanes = constant.value;
+    } else { // the only other one
+      words.pixels_per_thread = constant.value;
     }
   }
   out.source = "  mlx_deform::" + launch.stem + "<T, Index, " + constants +

@@ -15,7 +15,8 @@ struct LaunchArguments {
   // Lanes that share a sample, in offset_grad: a power of two up to 32. Told
   // and not compiled in, for compiling takes seconds.
   int segment_lanes;
-  int unused;
+  // Neighbouring pixels that a thread takes, in col2im.
+  int pixels_per_thread;
 };
 
 // It travels as 64-bit words: see mlx_ops/cuda/kernels.cpp.

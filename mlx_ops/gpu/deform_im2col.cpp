@@ -40,11 +40,11 @@ void DeformIm2colVJP::eval_gpu(
   const mx::array* mask = has_mask_ ? &inputs[3] : nullptr;
   if (grad_input) {
     if (in_place) {
-      gpu::zero_fill(*grad_input, stream());
+      gpu::zero_fill(*grad_input, inputs[0].dtype(), stream());
     }
     gpu::col2im(
         p,
-        inputs[2],
+        {&inputs[2]},
         inputs[1],
         mask,
         *grad_input,
@@ -57,7 +57,7 @@ void DeformIm2colVJP::eval_gpu(
         inputs[0],
         inputs[1],
         mask,
-        inputs[2],
+        {&inputs[2]},
         grad_offset,
         grad_mask,
         stream());

@@ -106,6 +106,21 @@ MLX_DEFORM_FN Corners<V> load_corners(
   return out;
 }
 
+// The sample's V channels: the corners' weighted sum, times `scale`.
+template <int V>
+MLX_DEFORM_FN Channels<V>
+interpolate(CornerWeights<float> weights, Corners<V> pixels, float scale) {
+  Channels<V> out;
+  for (int v = 0; v < V; ++v) {
+    float value = 0.0f;
+    for (int i = 0; i < 4; ++i) {
+      value += weights.w[i] * pixels.at[i].at[v];
+    }
+    out.at[v] = scale * value;
+  }
+  return out;
+}
+
 template <typename Index>
 MLX_DEFORM_FN Index column_index(
     SampleId<Index> id,

@@ -1,7 +1,6 @@
 // How a deformable convolution is laid out on a GPU: which kernel runs, with
-// which constants, buffers, grid and group, and how the columns are cut into
-// chunks. Pure arithmetic on sizes, without MLX or Metal, so that a test on any
-// machine can read the plan and run it.
+// which constants, buffers, grid and group. Pure arithmetic on sizes, without
+// MLX or Metal, so that a test on any machine can read the plan and run it.
 //
 // Sizes that do not fit raise std::invalid_argument; nothing here overflows.
 
@@ -29,10 +28,9 @@ struct FunctionConstant {
   int value;
 };
 
-// "input", "offset", "mask", "columns", "grad_columns", "grad_input",
-// "grad_offset", "grad_mask", "cotangent", "weight", "out": an array. "params":
-// the bytes of the DeformConv2dParams. "size": the bytes of an int64, the
-// elements of "out".
+// "params": the bytes of the DeformConv2dParams. "size": the bytes of an int64,
+// the elements of "out". Everything else: an array, "input", "grad_offset" and
+// so on.
 struct Binding {
   std::string role;
   int index;
@@ -61,6 +59,9 @@ struct PlanOptions {
   // vector width that does not fit is refused.
   int vector_width = 0;
   int index_bits = 0;
+  // Whether col2im and offset_grad make the columns' cotangent themselves, of
+  // the output's and the weight: see is_direct.
+  bool direct = false;
   // The longest row of threadgroups; longer ones are wrapped into rows.
   int64_t groups_per_row = int64_t(1) << 20;
 };
@@ -88,14 +89,48 @@ Launch plan_offset_grad(
     bool wants_mask,
     const PlanOptions& options = {});
 
-// Writes the columns' cotangent of the pixels [pixel_begin, pixel_end): the
-// output's cotangent times the weight.
+// The three products with the weight, of the pixels [pixel_begin, pixel_end):
+// the output, from the columns; the columns' cotangent, from the output's; and
+// the weight's gradient, which is added to grad_weight in float32. The columns
+// lie as (G, pixels, kH * kW * C / G).
+Launch plan_output_product(
+    const DeformConv2dParams& params,
+    const std::string& dtype,
+    bool has_bias,
+    const PlanOptions& options = {});
 Launch plan_column_product(
     const DeformConv2dParams& params,
     const std::string& dtype,
     const PlanOptions& options = {});
+// Deterministic: one threadgroup adds up an element, however few there are.
+Launch plan_weight_product(
+    const DeformConv2dParams& params,
+    const std::string& dtype,
+    bool deterministic,
+    const PlanOptions& options = {});
 
-Launch plan_zero_fill(int64_t size);
+// Whether weight groups are so small, depthwise ones above all, that kernels
+// do without columns.
+bool is_direct(const DeformConv2dParams& params);
+
+// Then: the output, and the weight's gradient, added to grad_weight in float32.
+Launch plan_direct_output(
+    const DeformConv2dParams& params,
+    const std::string& dtype,
+    bool has_bias,
+    const PlanOptions& options = {});
+// Deterministic: one thread adds up an element.
+Launch plan_direct_weight(
+    const DeformConv2dParams& params,
+    const std::string& dtype,
+    bool deterministic,
+    const PlanOptions& options = {});
+
+// Zeros for `size` floats, by a kernel of that type's library.
+Launch plan_zero_fill(
+    int64_t size,
+    const std::string& dtype,
+    const PlanOptions& options = {});
 
 // The launch's group, made small enough for a pipeline that allows fewer
 // threads (Metal's maxTotalThreadsPerThreadgroup). Every kernel gives the same
@@ -112,21 +147,6 @@ std::string library_name(
     const std::string& source_hash);
 
 std::string hash_of(const std::string& source);
-
-struct Chunk {
-  int64_t pixel_begin;
-  int64_t pixel_end;
-};
-
-// Cuts the N * Ho * Wo output pixels so that one chunk's columns take at most
-// `budget` bytes where a single pixel does: whole output rows where one fits,
-// and chunks of nearly equal size.
-std::vector<Chunk>
-plan_chunks(const DeformConv2dParams& params, int64_t itemsize, int64_t budget);
-
-// Bytes for the columns of a chunk: the environment's
-// MLX_DEFORM_COLUMN_BUDGET_MB, or 64 MB.
-int64_t column_budget();
 
 // Whether an environment variable is set to something other than 0.
 bool environment_flag(const char* name);

@@ -33,12 +33,20 @@ void im2col(
     mx::array& columns, // strides in params
     mx::Stream stream);
 
+// The cotangent of the columns: an array, or, where that is null, what the
+// cotangent of the output and the weight make of a small weight group.
+struct ColumnCotangent {
+  const mx::array* columns = nullptr; // strides in params
+  const mx::array* cotangent = nullptr; // (N, Ho, Wo, O)
+  const mx::array* weight = nullptr; // (O, kH, kW, C / G)
+};
+
 // Adds the pixels' share to grad_input, which in place holds zeros or an
 // earlier sum.
 // Without `deterministic` the order of the additions varies from run to run.
 void col2im(
     const DeformConv2dParams& params,
-    const mx::array& grad_columns, // strides in params
+    const ColumnCotangent& grad_columns,
     const mx::array& offset, // (N, Ho, Wo, DG * kH * kW * 2)
     const mx::array* mask, // (N, Ho, Wo, DG * kH * kW)
     mx::array& grad_input_f32, // (N, H, W, C), float32
@@ -52,26 +60,68 @@ void offset_grad(
     const mx::array& input, // (N, H, W, C)
     const mx::array& offset, // (N, Ho, Wo, DG * kH * kW * 2)
     const mx::array* mask, // (N, Ho, Wo, DG * kH * kW)
-    const mx::array& grad_columns, // strides in params
+    const ColumnCotangent& grad_columns,
     mx::array* grad_offset, // as offset, or the pixels' rows of it
     mx::array* grad_mask, // as mask, or the pixels' rows of it
     mx::Stream stream);
 
-// Writes the cotangent of the pixels' columns: for each weight group the
-// cotangent's rows times the weight, (pixels x O / G) (O / G x kH * kW * C /
-// G). Only where kernels write in place: elsewhere MLX's matmul does it.
+// ---- only where kernels write in place; elsewhere MLX's matmul multiplies
+
+// The products with the weight, of the pixels in params, whose columns lie as
+// (G, pixels, kH * kW * C / G). Sums are float32.
+void output_product(
+    const DeformConv2dParams& params,
+    const mx::array& columns,
+    const mx::array& weight, // (O, kH, kW, C / G)
+    const mx::array* bias, // (O)
+    mx::array& out, // (N, Ho, Wo, O)
+    mx::Stream stream);
 void column_product(
     const DeformConv2dParams& params,
     const mx::array& cotangent, // (N, Ho, Wo, O)
     const mx::array& weight, // (O, kH, kW, C / G)
-    mx::array& grad_columns, // strides in params
+    mx::array& grad_columns,
+    mx::Stream stream);
+// Adds to grad_weight.
+void weight_product(
+    const DeformConv2dParams& params,
+    const mx::array& cotangent, // (N, Ho, Wo, O)
+    const mx::array& columns,
+    mx::array& grad_weight_f32, // (O, kH, kW, C / G), float32
+    bool deterministic,
     mx::Stream stream);
 
-// Fills a float32 array with zeros.
-void zero_fill(mx::array& out, mx::Stream stream);
+// The same where weight groups are small, without columns: see is_direct.
+void direct_output(
+    const DeformConv2dParams& params,
+    const mx::array& input, // (N, H, W, C)
+    const mx::array& offset, // (N, Ho, Wo, DG * kH * kW * 2)
+    const mx::array* mask, // (N, Ho, Wo, DG * kH * kW)
+    const mx::array& weight, // (O, kH, kW, C / G)
+    const mx::array* bias, // (O)
+    mx::array& out, // (N, Ho, Wo, O)
+    mx::Stream stream);
+// Adds to grad_weight.
+void direct_weight(
+    const DeformConv2dParams& params,
+    const mx::array& input, // (N, H, W, C)
+    const mx::array& offset, // (N, Ho, Wo, DG * kH * kW * 2)
+    const mx::array* mask, // (N, Ho, Wo, DG * kH * kW)
+    const mx::array& cotangent, // (N, Ho, Wo, O)
+    mx::array& grad_weight_f32, // (O, kH, kW, C / G), float32
+    bool deterministic,
+    mx::Stream stream);
+
+// ---- on every route
+
+// Fills a float32 array with zeros, by a kernel of that type's library.
+void zero_fill(mx::array& out, mx::Dtype library, mx::Stream stream);
 
 // Holds an array until the stream has run what is encoded so far.
 void keep(const mx::array& x, mx::Stream stream);
+
+// Waits until the stream has run everything, and lets go of what it held.
+void drain(mx::Stream stream);
 
 // Whether there are kernels for a GPU of MLX's here.
 bool available();

@@ -13,15 +13,19 @@ namespace mlx_deform::gpu {
 
 namespace mx = mlx::core;
 
-inline std::string dtype_name(const mx::array& a) {
-  switch (a.dtype()) {
+inline std::string dtype_name(mx::Dtype dtype) {
+  switch (dtype) {
     case mx::float16:
       return "float16";
     case mx::bfloat16:
       return "bfloat16";
     default: // the plan refuses what has no kernels
-      return a.dtype() == mx::float32 ? "float32" : "another type";
+      return dtype == mx::float32 ? "float32" : "another type";
   }
+}
+
+inline std::string dtype_name(const mx::array& a) {
+  return dtype_name(a.dtype());
 }
 
 // Vector accesses need aligned arrays. `places` are where arrays start, in

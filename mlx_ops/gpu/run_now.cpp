@@ -18,12 +18,22 @@ void run_now(const mx::array& x, mx::Stream stream) {
   } else {
     x.primitive().eval_cpu(x.inputs(), outputs);
   }
+  // As MLX's own evaluation: an output lives as long as whoever wants it, and
+  // an input whose memory it took over is none any more.
   for (const mx::array& in : x.inputs()) {
-    keep(in, stream);
+    bool taken_over = false;
+    for (const mx::array& out : outputs) {
+      taken_over = taken_over || out.data_shared_ptr() == in.data_shared_ptr();
+    }
+    if (!taken_over) {
+      keep(in, stream);
+    }
   }
+  // And an evaluated array is no node any more: it would hold its inputs, and
+  // they theirs.
   for (mx::array& out : outputs) {
-    keep(out, stream);
     out.set_status(mx::array::Status::evaluated);
+    out.detach();
   }
 }
 

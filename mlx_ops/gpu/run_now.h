@@ -8,7 +8,8 @@
 namespace mlx_deform::gpu {
 
 // Encodes what a graph of a few nodes has not encoded yet, inputs first, and
-// keeps its arrays until the stream has run it.
+// keeps their inputs until the stream has run it. An operation that can reuse
+// the memory of an input that nobody else holds does so.
 void run_now(const mlx::core::array& x, mlx::core::Stream stream);
 
 } // namespace mlx_deform::gpu

@@ -9,6 +9,7 @@
 #include <variant>
 
 #include "mlx/backend/metal/device.h"
+#include "mlx/stream.h"
 
 #include "mlx_ops/gpu/dispatch.h"
 #include "mlx_ops/gpu/plan_inputs.h"
@@ -117,15 +118,23 @@ void im2col(
 
 void col2im(
     const DeformConv2dParams& params,
-    const mx::array& grad_columns,
+    const ColumnCotangent& grad_columns,
     const mx::array& offset,
     const mx::array* mask,
     mx::array& grad_input_f32,
     bool deterministic,
     mx::Stream stream) {
+  PlanOptions options;
+  options.direct = grad_columns.columns == nullptr;
+  const mx::array& source =
+      options.direct ? *grad_columns.cotangent : *grad_columns.columns;
   encode(
-      plan_col2im(params, dtype_name(grad_columns), deterministic),
-      {{{"grad_columns", &grad_columns}, {"offset", &offset}, {"mask", mask}},
+      plan_col2im(params, dtype_name(source), deterministic, options),
+      {{{"grad_columns", grad_columns.columns},
+        {"cotangent", grad_columns.cotangent},
+        {"weight", grad_columns.weight},
+        {"offset", &offset},
+        {"mask", mask}},
        {{"grad_input", &grad_input_f32}},
        &params},
       stream);
@@ -136,22 +145,47 @@ void offset_grad(
     const mx::array& input,
     const mx::array& offset,
     const mx::array* mask,
-    const mx::array& grad_columns,
+    const ColumnCotangent& grad_columns,
     mx::array* grad_offset,
     mx::array* grad_mask,
     mx::Stream stream) {
+  const bool direct = grad_columns.columns == nullptr;
+  PlanOptions options = options_for(
+      {place_of(input), direct ? 0 : place_of(*grad_columns.columns)});
+  options.direct = direct;
   encode(
       plan_offset_grad(
           params,
           dtype_name(input),
           grad_offset != nullptr,
           grad_mask != nullptr,
-          options_for({place_of(input), place_of(grad_columns)})),
+          options),
       {{{"input", &input},
         {"offset", &offset},
         {"mask", mask},
-        {"grad_columns", &grad_columns}},
+        {"grad_columns", grad_columns.columns},
+        {"cotangent", grad_columns.cotangent},
+        {"weight", grad_columns.weight}},
        {{"grad_offset", grad_offset}, {"grad_mask", grad_mask}},
+       &params},
+      stream);
+}
+
+void output_product(
+    const DeformConv2dParams& params,
+    const mx::array& columns,
+    const mx::array& weight,
+    const mx::array* bias,
+    mx::array& out,
+    mx::Stream stream) {
+  encode(
+      plan_output_product(
+          params,
+          dtype_name(columns),
+          bias != nullptr,
+          options_for({place_of(columns), place_of(weight)})),
+      {{{"columns", &columns}, {"weight", &weight}, {"bias", bias}},
+       {{"out", &out}},
        &params},
       stream);
 }
@@ -163,18 +197,90 @@ void column_product(
     mx::array& grad_columns,
     mx::Stream stream) {
   encode(
-      plan_column_product(params, dtype_name(cotangent)),
+      plan_column_product(
+          params,
+          dtype_name(cotangent),
+          options_for({place_of(cotangent), place_of(weight)})),
       {{{"cotangent", &cotangent}, {"weight", &weight}},
        {{"grad_columns", &grad_columns}},
        &params},
       stream);
 }
 
-void zero_fill(mx::array& out, mx::Stream stream) {
+void weight_product(
+    const DeformConv2dParams& params,
+    const mx::array& cotangent,
+    const mx::array& columns,
+    mx::array& grad_weight_f32,
+    bool deterministic,
+    mx::Stream stream) {
+  encode(
+      plan_weight_product(
+          params,
+          dtype_name(cotangent),
+          deterministic,
+          options_for({place_of(cotangent), place_of(columns)})),
+      {{{"cotangent", &cotangent}, {"columns", &columns}},
+       {{"grad_weight", &grad_weight_f32}},
+       &params},
+      stream);
+}
+
+void direct_output(
+    const DeformConv2dParams& params,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& weight,
+    const mx::array* bias,
+    mx::array& out,
+    mx::Stream stream) {
+  encode(
+      plan_direct_output(
+          params,
+          dtype_name(input),
+          bias != nullptr,
+          options_for({place_of(input), place_of(weight)})),
+      {{{"input", &input},
+        {"offset", &offset},
+        {"mask", mask},
+        {"weight", &weight},
+        {"bias", bias}},
+       {{"out", &out}},
+       &params},
+      stream);
+}
+
+void direct_weight(
+    const DeformConv2dParams& params,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& cotangent,
+    mx::array& grad_weight_f32,
+    bool deterministic,
+    mx::Stream stream) {
+  encode(
+      plan_direct_weight(
+          params,
+          dtype_name(input),
+          deterministic,
+          options_for({place_of(input)})),
+      {{{"input", &input},
+        {"offset", &offset},
+        {"mask", mask},
+        {"cotangent", &cotangent}},
+       {{"grad_weight", &grad_weight_f32}},
+       &params},
+      stream);
+}
+
+void zero_fill(mx::array& out, mx::Dtype library, mx::Stream stream) {
   Arguments arguments;
   arguments.outputs = {{"out", &out}};
   arguments.size = int64_t(out.size());
-  encode(plan_zero_fill(arguments.size), arguments, stream);
+  encode(
+      plan_zero_fill(arguments.size, dtype_name(library)), arguments, stream);
 }
 
 void keep(const mx::array& x, mx::Stream stream) {
@@ -184,6 +290,10 @@ void keep(const mx::array& x, mx::Stream stream) {
       .get_command_buffer()
       ->addCompletedHandler(
           [data = x.data_shared_ptr()](MTL::CommandBuffer*) {});
+}
+
+void drain(mx::Stream stream) {
+  mx::synchronize(stream);
 }
 
 bool available() {

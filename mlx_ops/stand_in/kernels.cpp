@@ -1,11 +1,14 @@
 #include "mlx_ops/stand_in/kernels.h"
 
+#include <algorithm>
 #include <cstdlib>
-#include <functional>
+#include <optional>
 #include <string>
 
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/stream.h"
 #include "mlx_ops/arrays.h"
+#include "mlx_ops/cpu/gemm.h"
 #include "mlx_ops/cpu/tiles.h"
 
 namespace mlx_deform::stand_in {
@@ -60,25 +63,29 @@ void for_each_sample(const DeformConv2dParams& p, const F& f) {
   }
 }
 
-mx::array weak(const mx::array& x) {
-  return mx::array::unsafe_weak_copy(x);
-}
-
-std::vector<mx::array> weak_list(std::initializer_list<const mx::array*> list) {
+// Arrays that a task takes along, and keeps until it has run.
+std::vector<mx::array> list_of(std::initializer_list<const mx::array*> list) {
   std::vector<mx::array> out;
   for (const mx::array* x : list) {
     if (x) {
-      out.push_back(weak(*x));
+      out.push_back(*x);
     }
   }
   return out;
 }
 
+// Numbers of type R from an array of type T.
+template <typename T, typename R>
+std::vector<R> numbers(const mx::array& x) {
+  std::vector<R> out(x.size());
+  cpu::tile_kernels<T, R>().to_compute(x.data<T>(), out.data(), x.size());
+  return out;
+}
+
 // Gives an output memory of its own where kernels do not write in place.
-void own(mx::array* out, mx::Stream stream) {
+void own(mx::array* out) {
   if (out && !in_place()) {
     allocate(*out);
-    keep(*out, stream);
   }
 }
 
@@ -96,11 +103,9 @@ void im2col(
     const mx::array* mask,
     mx::array& columns,
     mx::Stream stream) {
-  own(&columns, stream);
+  own(&columns);
   mx::cpu::get_command_encoder(stream).dispatch(
-      [p,
-       in = weak_list({&input, &offset, mask}),
-       columns = weak(columns)]() mutable {
+      [p, in = list_of({&input, &offset, mask}), columns = columns]() mutable {
         cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
           const Source<T, R> source(
               p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
@@ -129,21 +134,67 @@ void im2col(
 
 namespace {
 
-// Calls f(source, sample, row) with the cotangent of each sample's columns.
+// A task's copy of a ColumnCotangent.
+struct CotangentSource {
+  std::optional<mx::array> columns;
+  std::optional<mx::array> cotangent;
+  std::optional<mx::array> weight;
+
+  explicit CotangentSource(const ColumnCotangent& from) {
+    if (from.columns) {
+      columns = *from.columns;
+    } else {
+      cotangent = *from.cotangent;
+      weight = *from.weight;
+    }
+  }
+
+  mx::Dtype dtype() const {
+    return columns ? columns->dtype() : cotangent->dtype();
+  }
+
+  // Writes the cotangent of all channels of a sample's columns.
+  template <typename T, typename R>
+  void read(const DeformConv2dParams& p, int64_t pixel, int tap, R* row) const {
+    const auto& kernels = cpu::tile_kernels<T, R>();
+    const int width = p.C / p.G;
+    const int outputs = p.O / p.G;
+    for_each_part(p, pixel, tap, [&](int64_t part, int64_t column) {
+      if (columns) {
+        kernels.to_compute(columns->data<T>() + column, row + part, width);
+        return;
+      }
+      std::vector<R> grads(outputs);
+      std::vector<R> weights(width);
+      const int64_t first = part / width * outputs;
+      kernels.to_compute(
+          cotangent->data<T>() + pixel * p.O + first, grads.data(), outputs);
+      std::fill_n(row + part, width, R(0));
+      for (int o = 0; o < outputs; ++o) {
+        kernels.to_compute(
+            weight->data<T>() + ((first + o) * p.kH * p.kW + tap) * width,
+            weights.data(),
+            width);
+        for (int c = 0; c < width; ++c) {
+          row[part + c] += grads[o] * weights[c];
+        }
+      }
+    });
+  }
+};
+
+// Calls f(sample, row) with the cotangent of each sample's columns.
 template <typename T, typename R, typename F>
 void for_each_cotangent(
     const DeformConv2dParams& p,
     const Source<T, R>& source,
-    const T* grad_columns,
+    const CotangentSource& from,
     const F& f) {
   OneSample<T, R> sample(p);
   std::vector<R> row(p.C);
   for_each_sample(p, [&](int64_t pixel, int tap) {
     sample.move_to(source, pixel, tap);
-    for_each_part(p, pixel, tap, [&](int64_t part, int64_t column) {
-      source.kernels.to_compute(
-          grad_columns + column, row.data() + part, p.C / p.G);
-    });
+    from.read<T, R>(p, pixel, tap, row.data());
     f(sample, row.data());
   });
 }
@@ -152,7 +203,7 @@ void for_each_cotangent(
 
 void col2im(
     const DeformConv2dParams& p,
-    const mx::array& grad_columns,
+    const ColumnCotangent& grad_columns,
     const mx::array& offset,
     const mx::array* mask,
     mx::array& grad_input,
@@ -162,17 +213,15 @@ void col2im(
   }
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
-       in = weak_list({&grad_columns, &offset, mask}),
-       grad_input = weak(grad_input)]() mutable {
-        cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
-          // Scattering reads no image; the columns stand in for it.
+       from = CotangentSource(grad_columns),
+       in = list_of({&offset, mask}),
+       grad_input = grad_input]() mutable {
+        cpu::dispatch_types(from.dtype(), [&]<typename T, typename R>() {
+          // Scattering reads no image; anything stands in for it.
           const Source<T, R> source(
-              p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
+              p, in[0], in[0], p.has_mask ? &in[1] : nullptr);
           for_each_cotangent(
-              p,
-              source,
-              in[0].data<T>(),
-              [&](const auto& sample, const R* row) {
+              p, source, from, [&](const auto& sample, const R* row) {
                 source.kernels.scatter(
                     p,
                     sample.block,
@@ -191,31 +240,29 @@ void offset_grad(
     const mx::array& input,
     const mx::array& offset,
     const mx::array* mask,
-    const mx::array& grad_columns,
+    const ColumnCotangent& grad_columns,
     mx::array* grad_offset,
     mx::array* grad_mask,
     mx::Stream stream) {
-  own(grad_offset, stream);
-  own(grad_mask, stream);
+  own(grad_offset);
+  own(grad_mask);
   const int64_t first = in_place() ? 0 : p.pixel_begin * p.kH * p.kW * p.DG;
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
-       in = weak_list({&input, &offset, &grad_columns, mask}),
-       out = weak_list({grad_offset, grad_mask}),
+       from = CotangentSource(grad_columns),
+       in = list_of({&input, &offset, mask}),
+       out = list_of({grad_offset, grad_mask}),
        first,
        wants_offset = grad_offset != nullptr,
        wants_mask = grad_mask != nullptr]() mutable {
         cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
           const Source<T, R> source(
-              p, in[0], in[1], p.has_mask ? &in[3] : nullptr);
+              p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
           // The kernels count from the first pixel of all.
           R* to_offset = wants_offset ? out[0].data<R>() - 2 * first : nullptr;
           R* to_mask = wants_mask ? out.back().data<R>() - first : nullptr;
           for_each_cotangent(
-              p,
-              source,
-              in[2].data<T>(),
-              [&](const auto& sample, const R* row) {
+              p, source, from, [&](const auto& sample, const R* row) {
                 source.kernels.offset_grad(
                     p,
                     sample.block,
@@ -230,6 +277,84 @@ void offset_grad(
       });
 }
 
+namespace {
+
+// Sizes of a weight group's matrices.
+struct GroupSizes {
+  int64_t pixels;
+  int64_t outputs;
+  int64_t width;
+
+  explicit GroupSizes(const DeformConv2dParams& p)
+      : pixels(p.pixel_end - p.pixel_begin),
+        outputs(p.O / p.G),
+        width(int64_t(p.kH) * p.kW * (p.C / p.G)) {}
+};
+
+constexpr auto no = cpu::Transpose::no;
+constexpr auto yes = cpu::Transpose::yes;
+
+// The bias, or zeros.
+template <typename T, typename R>
+std::vector<R> bias_or_zeros(
+    const DeformConv2dParams& p,
+    const std::vector<mx::array>& in,
+    size_t index) {
+  return index < in.size() ? numbers<T, R>(in[index]) : std::vector<R>(p.O);
+}
+
+// The cotangents of the pixels, (pixels x O).
+template <typename T, typename R>
+std::vector<R> cotangent_rows(
+    const DeformConv2dParams& p,
+    const mx::array& cotangent) {
+  std::vector<R> out((p.pixel_end - p.pixel_begin) * p.O);
+  cpu::tile_kernels<T, R>().to_compute(
+      cotangent.data<T>() + p.pixel_begin * p.O, out.data(), out.size());
+  return out;
+}
+
+} // namespace
+
+void output_product(
+    const DeformConv2dParams& p,
+    const mx::array& columns,
+    const mx::array& weight,
+    const mx::array* bias,
+    mx::array& out,
+    mx::Stream stream) {
+  mx::cpu::get_command_encoder(stream).dispatch(
+      [p, in = list_of({&columns, &weight, bias}), out = out]() mutable {
+        cpu::dispatch_types(out.dtype(), [&]<typename T, typename R>() {
+          const GroupSizes size(p);
+          const auto values = numbers<T, R>(in[0]);
+          const auto weights = numbers<T, R>(in[1]);
+          const auto shift = bias_or_zeros<T, R>(p, in, 2);
+          std::vector<R> sums;
+          for (int64_t i = 0; i < size.pixels; ++i) {
+            sums.insert(sums.end(), shift.begin(), shift.end());
+          }
+          for (int g = 0; g < p.G; ++g) {
+            cpu::gemm<R>(
+                no,
+                yes,
+                size.pixels,
+                size.outputs,
+                size.width,
+                values.data() + g * p.column_group,
+                size.width,
+                weights.data() + g * size.outputs * size.width,
+                size.width,
+                1,
+                sums.data() + g * size.outputs,
+                p.O);
+          }
+          cpu::tile_kernels<T, R>().from_compute(
+              sums.data(), out.data<T>() + p.pixel_begin * p.O, sums.size());
+        });
+      });
+}
+
 void column_product(
     const DeformConv2dParams& p,
     const mx::array& cotangent,
@@ -238,46 +363,187 @@ void column_product(
     mx::Stream stream) {
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
-       in = weak_list({&cotangent, &weight}),
-       grad_columns = weak(grad_columns)]() mutable {
+       in = list_of({&cotangent, &weight}),
+       grad_columns = grad_columns]() mutable {
         cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
-          const auto& kernels = cpu::tile_kernels<T, R>();
-          const int out = p.O / p.G;
-          const int width = p.kH * p.kW * (p.C / p.G);
-          std::vector<R> weights(int64_t(p.O) * width);
-          std::vector<R> row(p.O);
-          std::vector<R> sums(width);
-          kernels.to_compute(
-              in[1].data<T>(), weights.data(), int64_t(p.O) * width);
-          for (int64_t q = p.pixel_begin; q < p.pixel_end; ++q) {
-            kernels.to_compute(in[0].data<T>() + q * p.O, row.data(), p.O);
-            for (int g = 0; g < p.G; ++g) {
-              std::fill(sums.begin(), sums.end(), R(0));
-              for (int o = g * out; o < (g + 1) * out; ++o) {
-                for (int j = 0; j < width; ++j) {
-                  sums[j] += row[o] * weights[int64_t(o) * width + j];
-                }
-              }
-              kernels.from_compute(
-                  sums.data(),
-                  grad_columns.data<T>() + g * p.column_group +
-                      (q - p.pixel_begin) * p.column_pixel,
-                  width);
-            }
+          const GroupSizes size(p);
+          const auto rows = cotangent_rows<T, R>(p, in[0]);
+          const auto weights = numbers<T, R>(in[1]);
+          std::vector<R> sums(size.pixels * size.width);
+          for (int g = 0; g < p.G; ++g) {
+            cpu::gemm<R>(
+                no,
+                no,
+                size.pixels,
+                size.width,
+                size.outputs,
+                rows.data() + g * size.outputs,
+                p.O,
+                weights.data() + g * size.outputs * size.width,
+                size.width,
+                0,
+                sums.data(),
+                size.width);
+            cpu::tile_kernels<T, R>().from_compute(
+                sums.data(),
+                grad_columns.data<T>() + g * p.column_group,
+                sums.size());
           }
         });
       });
 }
 
+void weight_product(
+    const DeformConv2dParams& p,
+    const mx::array& cotangent,
+    const mx::array& columns,
+    mx::array& grad_weight,
+    mx::Stream stream) {
+  mx::cpu::get_command_encoder(stream).dispatch(
+      [p,
+       in = list_of({&cotangent, &columns}),
+       grad_weight = grad_weight]() mutable {
+        cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
+          const GroupSizes size(p);
+          const auto rows = cotangent_rows<T, R>(p, in[0]);
+          const auto values = numbers<T, R>(in[1]);
+          for (int g = 0; g < p.G; ++g) {
+            cpu::gemm<R>(
+                yes,
+                no,
+                size.outputs,
+                size.width,
+                size.pixels,
+                rows.data() + g * size.outputs,
+                p.O,
+                values.data() + g * p.column_group,
+                size.width,
+                1,
+                grad_weight.data<R>() + g * size.outputs * size.width,
+                size.width);
+          }
+        });
+      });
+}
+
+namespace {
+
+// Calls f(pixel, tap, row) with the columns of each sample, of all channels.
+template <typename T, typename R, typename F>
+void for_each_column(
+    const DeformConv2dParams& p,
+    const Source<T, R>& source,
+    const F& f) {
+  OneSample<T, R> sample(p);
+  std::vector<R> row(p.C);
+  for_each_sample(p, [&](int64_t pixel, int tap) {
+    sample.move_to(source, pixel, tap);
+    source.kernels.sample(
+        p,
+        sample.block,
+        sample.plan.data(),
+        source.input,
+        source.zeros.data(),
+        row.data(),
+        p.C,
+        p.C);
+    f(pixel, tap, row.data());
+  });
+}
+
+// Calls f(output, channel, element of the weight) for a tap.
+template <typename F>
+void for_each_weight(const DeformConv2dParams& p, int tap, const F& f) {
+  const int width = p.C / p.G;
+  for (int o = 0; o < p.O; ++o) {
+    const int channel = o / (p.O / p.G) * width;
+    for (int c = 0; c < width; ++c) {
+      f(o, channel + c, (int64_t(o) * p.kH * p.kW + tap) * width + c);
+    }
+  }
+}
+
+} // namespace
+
+void direct_output(
+    const DeformConv2dParams& p,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& weight,
+    const mx::array* bias,
+    mx::array& out,
+    mx::Stream stream) {
+  mx::cpu::get_command_encoder(stream).dispatch(
+      [p,
+       in = list_of({&input, &offset, mask}),
+       weights_in = list_of({&weight, bias}),
+       out = out]() mutable {
+        cpu::dispatch_types(out.dtype(), [&]<typename T, typename R>() {
+          const Source<T, R> source(
+              p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
+          const auto weights = numbers<T, R>(weights_in[0]);
+          const auto shift = bias_or_zeros<T, R>(p, weights_in, 1);
+          std::vector<R> sums(p.O);
+          for_each_column(p, source, [&](int64_t pixel, int tap, const R* row) {
+            if (tap == 0) {
+              sums = shift;
+            }
+            for_each_weight(p, tap, [&](int o, int channel, int64_t at) {
+              sums[o] += weights[at] * row[channel];
+            });
+            if (tap == p.kH * p.kW - 1) {
+              source.kernels.from_compute(
+                  sums.data(), out.data<T>() + pixel * p.O, p.O);
+            }
+          });
+        });
+      });
+}
+
+void direct_weight(
+    const DeformConv2dParams& p,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& cotangent,
+    mx::array& grad_weight,
+    mx::Stream stream) {
+  mx::cpu::get_command_encoder(stream).dispatch(
+      [p,
+       in = list_of({&input, &offset, mask}),
+       cotangent = cotangent,
+       grad_weight = grad_weight]() mutable {
+        cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
+          const Source<T, R> source(
+              p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
+          const auto rows = cotangent_rows<T, R>(p, cotangent);
+          for_each_column(p, source, [&](int64_t pixel, int tap, const R* row) {
+            const R* grads = rows.data() + (pixel - p.pixel_begin) * p.O;
+            for_each_weight(p, tap, [&](int o, int channel, int64_t at) {
+              grad_weight.data<R>()[at] += grads[o] * row[channel];
+            });
+          });
+        });
+      });
+}
+
 void zero_fill(mx::array& out, mx::Stream stream) {
-  own(&out, stream);
-  mx::cpu::get_command_encoder(stream).dispatch([out = weak(out)]() mutable {
+  own(&out);
+  mx::cpu::get_command_encoder(stream).dispatch([out = out]() mutable {
     std::fill_n(out.data<char>(), out.nbytes(), char(0));
   });
 }
 
 void keep(const mx::array& x, mx::Stream stream) {
-  mx::cpu::get_command_encoder(stream).add_temporary(x);
+  mx::cpu::get_command_encoder(stream).dispatch(
+      [data = x.data_shared_ptr()]() {});
+}
+
+void drain(mx::Stream stream) {
+  mx::synchronize(stream);
+  // MLX would let go of them at the end of the whole primitive.
+  mx::cpu::get_command_encoder(stream).temporaries().clear();
 }
 
 } // namespace mlx_deform::stand_in

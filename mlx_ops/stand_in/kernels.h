@@ -13,6 +13,8 @@ namespace mx = mlx::core;
 
 bool in_place();
 
+using gpu::ColumnCotangent;
+
 void im2col(
     const DeformConv2dParams& params,
     const mx::array& input,
@@ -23,7 +25,7 @@ void im2col(
 
 void col2im(
     const DeformConv2dParams& params,
-    const mx::array& grad_columns,
+    const ColumnCotangent& grad_columns,
     const mx::array& offset,
     const mx::array* mask,
     mx::array& grad_input_f32,
@@ -34,9 +36,17 @@ void offset_grad(
     const mx::array& input,
     const mx::array& offset,
     const mx::array* mask,
-    const mx::array& grad_columns,
+    const ColumnCotangent& grad_columns,
     mx::array* grad_offset,
     mx::array* grad_mask,
+    mx::Stream stream);
+
+void output_product(
+    const DeformConv2dParams& params,
+    const mx::array& columns,
+    const mx::array& weight,
+    const mx::array* bias,
+    mx::array& out,
     mx::Stream stream);
 
 void column_product(
@@ -46,8 +56,36 @@ void column_product(
     mx::array& grad_columns,
     mx::Stream stream);
 
+void weight_product(
+    const DeformConv2dParams& params,
+    const mx::array& cotangent,
+    const mx::array& columns,
+    mx::array& grad_weight_f32,
+    mx::Stream stream);
+
+void direct_output(
+    const DeformConv2dParams& params,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& weight,
+    const mx::array* bias,
+    mx::array& out,
+    mx::Stream stream);
+
+void direct_weight(
+    const DeformConv2dParams& params,
+    const mx::array& input,
+    const mx::array& offset,
+    const mx::array* mask,
+    const mx::array& cotangent,
+    mx::array& grad_weight_f32,
+    mx::Stream stream);
+
 void zero_fill(mx::array& out, mx::Stream stream);
 
 void keep(const mx::array& x, mx::Stream stream);
+
+void drain(mx::Stream stream);
 
 } // namespace mlx_deform::stand_in

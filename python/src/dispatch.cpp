@@ -8,6 +8,7 @@
 #include <string>
 
 #include "mlx_ops/cuda/launch.h"
+#include "mlx_ops/gpu/chunks.h"
 #include "mlx_ops/gpu/dispatch.h"
 #include "mlx_ops/metal/sources.h"
 
@@ -59,6 +60,14 @@ nb::list list_of(const std::vector<std::string>& names) {
   nb::list out;
   for (const std::string& name : names) {
     out.append(name);
+  }
+  return out;
+}
+
+nb::list list_of(const std::vector<gpu::PixelRange>& ranges) {
+  nb::list out;
+  for (const gpu::PixelRange& range : ranges) {
+    out.append(nb::make_tuple(range.begin, range.end));
   }
   return out;
 }
@@ -117,9 +126,11 @@ gpu::Launch plan(
     bool deterministic,
     bool wants_offset,
     bool wants_mask,
+    bool has_bias,
     const gpu::PlanOptions& options) {
   if (op == "zero_fill") {
-    return gpu::plan_zero_fill(nb::cast<int64_t>(fields["size"]));
+    return gpu::plan_zero_fill(
+        nb::cast<int64_t>(fields["size"]), dtype, options);
   }
   const DeformConv2dParams params = params_from(fields);
   if (op == "im2col") {
@@ -135,9 +146,22 @@ gpu::Launch plan(
   if (op == "column_product") {
     return gpu::plan_column_product(params, dtype, options);
   }
+  if (op == "output_product") {
+    return gpu::plan_output_product(params, dtype, has_bias, options);
+  }
+  if (op == "weight_product") {
+    return gpu::plan_weight_product(params, dtype, deterministic, options);
+  }
+  if (op == "direct_output") {
+    return gpu::plan_direct_output(params, dtype, has_bias, options);
+  }
+  if (op == "direct_weight") {
+    return gpu::plan_direct_weight(params, dtype, deterministic, options);
+  }
   throw nb::value_error(
       ("[_dispatch_plan] op must be im2col, col2im, offset_grad, "
-       "column_product or zero_fill; got " +
+       "output_product, column_product, weight_product, direct_output, "
+       "direct_weight or zero_fill; got " +
        op)
           .c_str());
 }
@@ -153,12 +177,15 @@ void def_planned(nb::module_& m, const char* name, const char* doc, F f) {
           bool deterministic,
           bool wants_offset,
           bool wants_mask,
+          bool has_bias,
+          bool direct,
           int alignment,
           int vector_width,
           int index_bits,
           int64_t groups_per_row,
           int64_t max_threads) {
         gpu::PlanOptions options;
+        options.direct = direct;
         options.alignment = alignment;
         options.vector_width = vector_width;
         options.index_bits = index_bits;
@@ -170,6 +197,7 @@ void def_planned(nb::module_& m, const char* name, const char* doc, F f) {
             deterministic,
             wants_offset,
             wants_mask,
+            has_bias,
             options);
         if (max_threads > 0) {
           launch.group = gpu::fit_group(launch, max_threads);
@@ -183,6 +211,8 @@ void def_planned(nb::module_& m, const char* name, const char* doc, F f) {
       "deterministic"_a = false,
       "wants_offset"_a = true,
       "wants_mask"_a = true,
+      "has_bias"_a = true,
+      "direct"_a = false,
       "alignment"_a = gpu::PlanOptions{}.alignment,
       "vector_width"_a = 0,
       "index_bits"_a = 0,
@@ -225,19 +255,73 @@ void init_dispatch(nb::module_& m) {
   m.def(
       "_chunk_plan",
       [](const nb::dict& params, int64_t itemsize, int64_t budget) {
-        nb::list out;
-        for (const gpu::Chunk& chunk : gpu::plan_chunks(
-                 params_from(params),
-                 itemsize,
-                 budget > 0 ? budget : gpu::column_budget())) {
-          out.append(nb::make_tuple(chunk.pixel_begin, chunk.pixel_end));
+        const DeformConv2dParams p = params_from(params);
+        if (budget == 0) {
+          budget = gpu::chunk_budget(p, itemsize, gpu::column_budget(64));
         }
-        return out;
+        return list_of(gpu::plan_chunks(p, itemsize, budget));
       },
       "params"_a,
       "itemsize"_a,
       "budget"_a = 0,
-      "The [begin, end) output pixels of every chunk of columns.");
+      "The [begin, end) output pixels of every chunk of columns, of a budget "
+      "in bytes; 0 is what an Apple GPU's chunks have.");
+
+  m.def(
+      "_piece_plan",
+      [](const nb::dict& params,
+         bool output,
+         bool grad_weight,
+         bool grad_input,
+         bool grad_samples,
+         bool deterministic) {
+        const DeformConv2dParams p = params_from(params);
+        const int count = gpu::piece_count(
+            p, {output, grad_weight, grad_input, grad_samples, deterministic});
+        std::vector<gpu::PixelRange> out;
+        for (int i = 0; i < count; ++i) {
+          out.push_back(gpu::piece_pixels(p, i, count));
+        }
+        return list_of(out);
+      },
+      "params"_a,
+      nb::kw_only(),
+      "output"_a = false,
+      "grad_weight"_a = false,
+      "grad_input"_a = false,
+      "grad_samples"_a = false,
+      "deterministic"_a = false,
+      "The [begin, end) output pixels of every primitive that shares the "
+      "work.");
+
+  m.def(
+      "_operations",
+      [](const nb::dict& params,
+         bool output,
+         bool grad_weight,
+         bool grad_input,
+         bool grad_samples,
+         bool deterministic) {
+        return gpu::operations(
+            params_from(params),
+            {output, grad_weight, grad_input, grad_samples, deterministic});
+      },
+      "params"_a,
+      nb::kw_only(),
+      "output"_a = false,
+      "grad_weight"_a = false,
+      "grad_input"_a = false,
+      "grad_samples"_a = false,
+      "deterministic"_a = false,
+      "Floating-point operations of the pixels [pixel_begin, pixel_end).");
+
+  m.def(
+      "_is_direct",
+      [](const nb::dict& params) {
+        return gpu::is_direct(params_from(params));
+      },
+      "params"_a,
+      "Whether an Apple GPU does without columns.");
 
   m.def(
       "_metal_source",

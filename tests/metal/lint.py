@@ -19,7 +19,8 @@ STRING_OR_LINE_MARKER = re.compile(r'^#[^\n]*|"(?:\\.|[^"\\\n])*"', re.MULTILINE
 # A [ that starts an expression, with what follows a capture list.
 LAMBDA = re.compile(r"(?<![\w\])\[])\s*\[[\w\s&=,*]*\]\s*(?:\([^()]*\)\s*)?(?:->\s*\w+\s*)?\{")
 UNSUFFIXED = re.compile(r"(?<![\w.])(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?(?![\w.])")
-FUNCTION = re.compile(r"\b(\w+)\s*\([^;{}]*\)\s*(?:const\s*)?\{")
+PLAIN = r"[^;{}()]*"
+FUNCTION = re.compile(rf"\b(\w+)\s*\({PLAIN}(?:\({PLAIN}\){PLAIN})*\)\s*(?:const\s*)?\{{")
 STATEMENTS = {"if", "for", "while", "switch", "return", "sizeof", "decltype"}
 ATTRIBUTE = re.compile(r"\[\[.*?\]\]", re.DOTALL)
 

@@ -12,7 +12,8 @@ DTYPES = ("float32", "float16", "bfloat16")
 # Relative to the largest magnitude: float32 arithmetic, whatever is stored.
 FLOAT32_TOLERANCE = 1e-5
 # Of the type of the input; the others are float32 always.
-HALF_ARRAYS = ("input", "columns", "grad_columns", "cotangent", "weight")
+HALF_ARRAYS = ("input", "columns", "grad_columns", "cotangent", "weight", "bias")
+IN_CUDA_TOO = ("im2col", "col2im", "offset_grad")  # which leaves the products to MLX
 
 
 def encode(array, dtype):
@@ -74,10 +75,13 @@ class Problem:
         self.grad_columns = rng.standard_normal(
             (self.end - self.begin, self.taps, config.G, config.C // config.G)
         )
+        self.columns = rng.standard_normal(self.grad_columns.shape)
         self.cotangent = rng.standard_normal(config.output_shape)
         self.weight = rng.standard_normal(config.shapes["weight"])
+        self.bias = rng.standard_normal(config.O)
         # Added to, not overwritten; small, so as not to hide an error.
         self.grad_input = rng.standard_normal(config.shapes["input"]) / 16
+        self.grad_weight = rng.standard_normal(config.shapes["weight"]) / 16
 
     @property
     def fields(self):
@@ -98,7 +102,7 @@ class Problem:
 
     def plan(self, op, **options):
         plan = _ext._dispatch_plan(op, self.fields, self.dtype, **options)
-        if op != "column_product" and not plan["empty"]:  # CUDA leaves that one to MLX
+        if op in IN_CUDA_TOO and not options.get("direct") and not plan["empty"]:
             plan["cuda"] = _ext._cuda_kernel(op, self.fields, self.dtype, **options)
         return plan
 
@@ -106,7 +110,7 @@ class Problem:
 
     def stored(self, name):
         array = getattr(self, name)
-        if name == "grad_columns":
+        if name in ("columns", "grad_columns"):
             array = array.transpose(2, 0, 1, 3)
         return encode(array, self.dtype if name in HALF_ARRAYS else "float32")
 
@@ -154,6 +158,18 @@ class Problem:
         self.run(kernels, self.plan("column_product", **options), {"grad_columns": columns}, seed)
         return columns.transpose(1, 2, 0, 3)
 
+    def output(self, kernels, how, seed=0, **options):
+        """By `how`, "output_product" or "direct_output"; NaN where nothing was written."""
+        out = encode(np.full(self.config.output_shape, np.nan), self.dtype)
+        self.run(kernels, self.plan(how, **options), {"out": out}, seed)
+        return out
+
+    def weight_gradient(self, kernels, how, seed=0, **options):
+        """By `how`, "weight_product" or "direct_weight", on top of grad_weight."""
+        grad_weight = self.stored("grad_weight")
+        self.run(kernels, self.plan(how, **options), {"grad_weight": grad_weight}, seed)
+        return grad_weight
+
     def empty_columns(self):
         """NaN, as far as a kernel writes nothing."""
         c = self.config
@@ -175,17 +191,40 @@ class Problem:
         columns = columns.reshape(self.pixels, self.taps, c.G, c.C // c.G)
         return columns[self.begin : self.end]
 
-    def expected_column_product(self):
-        c = self.config
-        cotangent = self.rounded("cotangent").reshape(self.pixels, c.G, c.O // c.G)
-        weight = self.rounded("weight").reshape(c.G, c.O // c.G, self.taps, c.C // c.G)
-        return np.einsum("pgo,gokc->pkgc", cotangent[self.begin : self.end], weight)
+    # The products, of columns that are (pixels, taps, G, C / G).
 
-    def expected_gradients(self):
+    @property
+    def rounded_weight(self):
+        c = self.config
+        return self.rounded("weight").reshape(c.G, c.O // c.G, self.taps, c.C // c.G)
+
+    @property
+    def cotangent_rows(self):
+        c = self.config
+        rows = self.rounded("cotangent").reshape(self.pixels, c.G, c.O // c.G)
+        return rows[self.begin : self.end]
+
+    def expected_column_product(self):
+        return np.einsum("pgo,gokc->pkgc", self.cotangent_rows, self.rounded_weight)
+
+    def expected_output(self, columns, has_bias=True):
+        product = np.einsum("pkgc,gokc->pgo", columns, self.rounded_weight)
+        out = np.full((self.pixels, self.config.O), np.nan)
+        out[self.begin : self.end] = product.reshape(len(columns), -1)
+        if has_bias:
+            out += self.rounded("bias")
+        return out.reshape(self.config.output_shape)
+
+    def expected_weight_gradient(self, columns):
+        product = np.einsum("pgo,pkgc->gokc", self.cotangent_rows, columns)
+        return self.rounded("grad_weight") + product.reshape(self.weight.shape)
+
+    def expected_gradients(self, grad_columns=None):
         """Of the input added to, of offset and mask; NaN beyond the launch's pixels."""
         c = self.config
         cotangent = np.zeros((self.pixels, self.taps * c.C))
-        grad_columns = self.rounded("grad_columns")
+        if grad_columns is None:
+            grad_columns = self.rounded("grad_columns")
         cotangent[self.begin : self.end] = grad_columns.reshape(len(grad_columns), -1)
         arguments, options = self.oracle_arguments
         grads = oracle.deform_im2col_vjp(cotangent.reshape(c.columns_shape), *arguments, **options)

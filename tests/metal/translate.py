@@ -37,7 +37,7 @@ THREADGROUP_ARRAY = re.compile(
     r"(?P<size>(?:\[[^\]]*\])+)\s*;"
 )
 ATTRIBUTE = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
-VECTOR_CONSTRUCTOR = re.compile(r"\bmetal::((?:float|half|int|uint)[234])\s*\(")
+VECTOR_CONSTRUCTOR = re.compile(r"\bmetal::((?:float|half|int|uint|ulong)[234])\s*\(")
 
 
 class MslError(Exception):

@@ -78,6 +78,11 @@ inline void threadgroup_barrier(mem_flags flags) {
   msl::barrier(flags != mem_flags::mem_none);
 }
 
+// Also orders memory between the lanes of a SIMD group.
+inline void simdgroup_barrier(mem_flags flags) {
+  msl::simd_barrier(flags != mem_flags::mem_none);
+}
+
 // ---- SIMD groups
 
 template <class T>

@@ -41,6 +41,9 @@ Peers meet(const char* operation, const void* value, uint bytes);
 // orders memory makes writes before it visible after it.
 void barrier(bool orders_memory);
 
+// Waits until every lane of the SIMD group is here; orders memory likewise.
+void simd_barrier(bool orders_memory);
+
 // The threadgroup's memory for the variable with this number; bytes that nobody
 // has written yet are 0xff, in every float type a NaN.
 void* threadgroup_memory(uint variable, uint bytes);

@@ -21,6 +21,7 @@ namespace metal {
   typedef T T##4 __attribute__((ext_vector_type(4)));
 MSL_VECTORS(int)
 MSL_VECTORS(uint)
+MSL_VECTORS(ulong)
 MSL_VECTORS(half)
 MSL_VECTORS(float)
 #undef MSL_VECTORS

@@ -63,6 +63,7 @@ struct Thread {
   uint meetings = 0; // SIMD operations so far
   uint lanes = 0; // that took part in the last one
   uint barriers = 0; // so far
+  uint simd_barriers = 0; // so far
 #ifdef MSL_TSAN
   void* fiber = nullptr;
 #endif
@@ -92,6 +93,7 @@ struct Scheduler {
   } variable[kMaxVariables];
 #ifdef MSL_TSAN
   char barrier_order[2]; // stand for what a barrier makes visible
+  char simd_order[kMaxThreads / kSimdLanes][2];
 #endif
   unsigned long random = 1;
   char* error = nullptr;
@@ -154,6 +156,7 @@ MSL_UNSEEN void start(Thread& thread, uint index) {
   thread.index = index;
   thread.meetings = 0;
   thread.barriers = 0;
+  thread.simd_barriers = 0;
   thread.position = {
       scheduler.group_at.x * scheduler.group.x + index % extent.x,
       scheduler.group_at.y * scheduler.group.y + index / extent.x % extent.y,
@@ -327,6 +330,28 @@ MSL_UNSEEN void barrier(bool orders_memory) {
 #endif
   self.state = State::at_barrier;
   switch_to_scheduler();
+#ifdef MSL_TSAN
+  if (orders_memory) {
+    __tsan_acquire(order);
+  }
+#else
+  (void)orders_memory;
+#endif
+}
+
+MSL_UNSEEN void simd_barrier(bool orders_memory) {
+#ifdef MSL_TSAN
+  Thread& self = *scheduler.running;
+  // Of the SIMD group alone, and of this barrier or the one after the next.
+  char* order = &scheduler.simd_order[self.index / kSimdLanes]
+                                     [self.simd_barriers++ % 2];
+  if (orders_memory) {
+    __tsan_release(order);
+  }
+#endif
+  const char nothing = 0;
+  const Peers peers = meet("simdgroup_barrier", &nothing, 1);
+  (void)peers;
 #ifdef MSL_TSAN
   if (orders_memory) {
     __tsan_acquire(order);
