@@ -210,9 +210,11 @@ MLX_DEFORM_INSTANTIATE(
 MLX_DEFORM_INSTANTIATE(
     deform_col2im_v2,
     deform_col2im<MLX_DEFORM_T, 2, MLX_DEFORM_INDEX>)
+#if MLX_DEFORM_INDEX_BITS == 32
 MLX_DEFORM_INSTANTIATE(
     deform_col2im_v4,
     deform_col2im<MLX_DEFORM_T, 4, MLX_DEFORM_INDEX>)
+#endif
 MLX_DEFORM_INSTANTIATE(
     deform_col2im_ordered,
     deform_col2im_ordered<MLX_DEFORM_T, MLX_DEFORM_INDEX>)

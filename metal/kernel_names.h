@@ -14,6 +14,7 @@
 // fewer than 2^31 elements, else `long`, whose arithmetic GPUs emulate.
 #define MLX_DEFORM_INDEX int
 #define MLX_DEFORM_INDEX_NAME i32
+#define MLX_DEFORM_INDEX_BITS 32
 #endif
 
 #define MLX_DEFORM_STRING_OF(text) #text

@@ -9,7 +9,7 @@ import pytest
 
 import metal
 from cases import Config
-from cuda_kernels.variants import WIDTHS
+from cuda_kernels.variants import COL2IM_WIDTHS, WIDTHS
 from gpu_cases import (
     CASES,
     DTYPES,
@@ -48,7 +48,7 @@ def test_col2im(kernels_of, types, case, deterministic):
     kernels = kernels_of(*types)
     problem = problem_of(case, dtype)
     want = gradients_of(case, dtype)[0]
-    for width in (1,) if deterministic else (1, 2, 4):
+    for width in (1,) if deterministic else COL2IM_WIDTHS[index_bits]:
         for seed in SEEDS:
             options = {"deterministic": deterministic, "vector_width": width}
             got = problem.col2im(kernels, seed, index_bits=index_bits, **options)
@@ -79,7 +79,7 @@ def test_col2im_carries_shared_corners(kernels_of, walk):
         offset += 2 * rng.standard_normal(offset.shape)
     problem.offset = offset.reshape(problem.offset.shape)
     want = problem.expected_gradients()[0]
-    for width in (1, 2, 4):
+    for width in COL2IM_WIDTHS[32]:
         assert_near(problem.col2im(kernels, 1, vector_width=width), want)
 
 

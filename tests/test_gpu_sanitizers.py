@@ -26,9 +26,12 @@ from mlx_deform import _ext
 COMPILER = "clang++-22"
 RUNTIMES = {"address": "asan", "thread": "tsan"}
 COMPLAINTS = {"address": "AddressSanitizer: heap-", "thread": "data race"}
+# Named, because an older llvm-symbolizer that lies in the PATH can't read clang-22's tables.
+SYMBOLIZER = shutil.which("llvm-symbolizer-22") or shutil.which("addr2line")
+SYMBOLS = f":external_symbolizer_path={SYMBOLIZER}" if SYMBOLIZER else ""
 OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-    "TSAN_OPTIONS": "halt_on_error=1",
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0" + SYMBOLS,
+    "TSAN_OPTIONS": "halt_on_error=1" + SYMBOLS,
     "OPENBLAS_NUM_THREADS": "1",
 }
 
@@ -54,22 +57,36 @@ pytestmark = pytest.mark.skipif(
 CONFIG = Config(
     N=2, H=4, W=5, C=12, kH=2, kW=3, stride=(1, 1), padding=(1, 1), dilation=(1, 1), G=2, DG=3
 )
+# So many that several threadgroups share a sum over them.
+MANY_PIXELS = CONFIG.but(N=3, H=18, W=21)
 # Operation and options of its plan.
 LAUNCHES = {
     "im2col": ("im2col", {}),
     "col2im": ("col2im", {}),
     "col2im ordered": ("col2im", {"deterministic": True}),
     "offset_grad": ("offset_grad", {}),
+    "output_product": ("output_product", {}),
     "column_product": ("column_product", {}),
+    "weight_product": ("weight_product", {}),
+    "direct_output": ("direct_output", {}),
+    "direct_weight": ("direct_weight", {}),
+    "col2im direct": ("col2im", {"direct": True}),
+    "offset_grad direct": ("offset_grad", {"direct": True}),
 }
+IN_CUDA_TOO = ("im2col", "col2im", "col2im ordered", "offset_grad")
 # A launch, a line of its Metal kernel, what to put in its place, and who finds it.
-ATOMIC_ADD = """        metal::atomic_fetch_add_explicit(
-            grad_input + corner_index<Index>(corners, i, channel, p),
-            share,
-            metal::memory_order_relaxed);"""
+ATOMIC_ADD = """    metal::atomic_fetch_add_explicit(
+        grad_input + at + Index(k * step), sum, metal::memory_order_relaxed);"""
 PLAIN_ADD = """
-        ((device float*)grad_input)[corner_index<Index>(corners, i, channel, p)] += share;"""
-BARRIER = "      metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);"
+    ((device float*)grad_input)[at + Index(k * step)] += sum;"""
+BARRIER = "      metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);\n"
+LOADED = "right, depth, depth_end, right_tile, thread_at, threads);\n"
+STRIP_BARRIER = """        metal::simdgroup_barrier(metal::mem_flags::mem_threadgroup);
+        const int at"""
+WEIGHT_ADD = """    metal::atomic_fetch_add_explicit(
+        weight + Index(row) * stride + Index(column),
+        sum,
+        metal::memory_order_relaxed);"""
 PLANTED = {
     "race: scatter without atomics": ("col2im", ATOMIC_ADD, PLAIN_ADD, "thread"),
     "race: rows of another SIMD group": (
@@ -92,14 +109,44 @@ PLANTED = {
     ),
     "race: no barrier before the product": (
         "column_product",
-        BARRIER + "\n      if (part < product_threads) {",
-        "      if (part < product_threads) {",
+        LOADED + BARRIER,
+        LOADED,
         "thread",
+    ),
+    "race: a strip that is read before it is written": (
+        "output_product",
+        STRIP_BARRIER,
+        "        const int at",
+        "thread",
+    ),
+    "race: splits that add without atomics": (
+        "weight_product",
+        WEIGHT_ADD,
+        "    ((device float*)weight)[Index(row) * stride + Index(column)] += sum;",
+        "thread",
+    ),
+    "overrun: a tile's row more": (
+        "output_product",
+        "if (side < factor.sides && begin",
+        "if (side <= factor.sides && begin",
+        "address",
+    ),
+    "overrun: a tile's depth more": (
+        "weight_product",
+        "begin + Index(depth) < end) {",
+        "begin + Index(depth) <= end) {",
+        "address",
+    ),
+    "overrun: a tile's column written beyond": (
+        "column_product",
+        "side < left.sides && at < right.sides",
+        "side < left.sides && at <= right.sides",
+        "address",
     ),
     "overrun: a corner below the image": (
         "col2im",
-        "if (cell.corner[i] && share != 0.0f) {",
-        "if (share != 0.0f) {",
+        "if (cell.corner[i] && weights.w[i] != 0.0f) {",
+        "if (weights.w[i] != 0.0f) {",
         "address",
     ),
     "overrun: one channel more": (
@@ -116,8 +163,8 @@ PLANTED = {
     ),
     "overrun: a corner beside the image": (
         "col2im ordered",
-        "if (cell.corner[i] && touches_row) {",
-        "if (touches_row) {",
+        "if (cell.corner[i] && touches_row && weights.w[i] != 0.0f) {",
+        "if (touches_row && weights.w[i] != 0.0f) {",
         "address",
     ),
 }
@@ -125,9 +172,8 @@ PLANTED = {
 PLANTED_IN_CUDA = {
     "race: scatter without atomics": (
         "col2im",
-        """atomicAdd(
-            grad_input + corner_index<Index>(corners, i, channel, p), share);""",
-        "grad_input[corner_index<Index>(corners, i, channel, p)] += share;",
+        "atomicAdd(grad_input + at + Index(k * step), sum);",
+        "grad_input[at + Index(k * step)] += sum;",
         "thread",
     ),
     "race: rows of another warp": (
@@ -153,8 +199,8 @@ PLANTED_IN_CUDA = {
     ),
     "overrun: a corner below the image": (
         "col2im",
-        "if (cell.corner[i] && share != 0.0f) {",
-        "if (share != 0.0f) {",
+        "if (cell.corner[i] && weights.w[i] != 0.0f) {",
+        "if (weights.w[i] != 0.0f) {",
         "address",
     ),
     "overrun: a pixel more": (
@@ -169,13 +215,15 @@ PLANTED_IN_CUDA = {
 def watch(sanitizer, launch, change, tmp_path, language="metal", seed=1):
     """The process that ran the launch, of the source as `change` returns it."""
     op, options = LAUNCHES[launch]
-    problem = Problem(CONFIG)
+    problem = Problem(MANY_PIXELS if op == "weight_product" else CONFIG)
     # ThreadSanitizer tells 255 threads at once apart, and takes more for one another.
     max_threads = 128 if sanitizer == "thread" else 256
     plan = problem.plan(op, max_threads=max_threads, **options)
     outputs = {
         "columns": problem.empty_columns(),
         "grad_input": problem.stored("grad_input"),
+        "grad_weight": problem.stored("grad_weight"),
+        "out": problem.stored("cotangent"),
         "grad_offset": problem.stored("offset"),
         "grad_mask": problem.stored("mask"),
     }
@@ -220,9 +268,7 @@ def breaking(line, broken):
     return change
 
 
-CLEAN = [("metal", launch) for launch in LAUNCHES] + [
-    ("cuda", launch) for launch in LAUNCHES if launch != "column_product"
-]
+CLEAN = [("metal", launch) for launch in LAUNCHES] + [("cuda", launch) for launch in IN_CUDA_TOO]
 FAULTS = [("metal", fault) for fault in PLANTED] + [("cuda", fault) for fault in PLANTED_IN_CUDA]
 
 
@@ -240,4 +286,5 @@ def test_found(language, fault, tmp_path):
     process = watch(sanitizer, launch, breaking(line, broken), tmp_path, language)
     assert process.returncode != 0
     assert COMPLAINTS[sanitizer] in process.stderr, process.stderr[:4000]
-    assert f"deform_{LAUNCHES[launch][0]}" in process.stderr, "found elsewhere"
+    places = (f"deform_{LAUNCHES[launch][0]}", "mlx_deform::make_tile")
+    assert any(place in process.stderr for place in places), "found elsewhere"

@@ -5,7 +5,7 @@ dispatch plans against float64. CUDA leaves products to MLX.
 import numpy as np
 import pytest
 
-from cuda_kernels.variants import INDEX_BITS, WIDTHS
+from cuda_kernels.variants import COL2IM_WIDTHS, INDEX_BITS, WIDTHS
 from gpu_cases import (
     CASES,
     DTYPES,
@@ -211,7 +211,7 @@ def test_the_cases_run_every_metal_kernel():
             for case in CASES:
                 problem = problem_of(case, dtype)
                 add(problem, "col2im", deterministic=True)
-                for width in (1, 2, 4):
+                for width in COL2IM_WIDTHS[index_bits]:
                     add(problem, "col2im", vector_width=width)
                 for width in WIDTHS[dtype]:
                     if fits(problem, width):

@@ -152,19 +152,22 @@ Launch plan_col2im(
   itemsize_of(dtype);
   const int64_t channels = p.C / p.DG;
   const int64_t lanes = std::clamp<int64_t>(channels, 1, kSimdLanes);
+  Launch out;
+  out.library = {dtype, index_bits_for(largest_array(p), options)};
+  // Sums and wide positions together would take too many registers.
+  const int64_t most =
+      out.library.index_bits == 64 ? kMostChannels / 2 : kMostChannels;
   const int64_t width = options.vector_width != 0
       ? options.vector_width
-      : std::min(power_of_two_from(ceil_div(channels, lanes)), kMostChannels);
-  const bool known = width == 1 || width == 2 || width == kMostChannels;
+      : std::min(power_of_two_from(ceil_div(channels, lanes)), most);
+  const bool known = width == 1 || width == 2 || width == most;
   if (!known || (deterministic && options.vector_width > 1)) {
     refuse(
-        "a thread of col2im takes 1, 2 or 4 channels, and 1 of the "
-        "deterministic one; got a vector width of ",
+        "a thread of col2im takes 1, 2 or, with 32-bit positions, 4 channels, "
+        "and 1 of the deterministic one; got a vector width of ",
         options.vector_width);
   }
 
-  Launch out;
-  out.library = {dtype, index_bits_for(largest_array(p), options)};
   if (deterministic) {
     name_kernel(out, "deform_col2im_ordered");
   } else {
@@ -311,7 +314,8 @@ std::string library_header(const Library& library) {
       << "\n#define MLX_DEFORM_T_NAME " << dtype
       << "\n#define MLX_DEFORM_T_BYTES " << itemsize
       << "\n#define MLX_DEFORM_INDEX " << (wide ? "long" : "int")
-      << "\n#define MLX_DEFORM_INDEX_NAME " << (wide ? "i64" : "i32") << "\n";
+      << "\n#define MLX_DEFORM_INDEX_NAME " << (wide ? "i64" : "i32")
+      << "\n#define MLX_DEFORM_INDEX_BITS " << library.index_bits << "\n";
   return out.str();
 }
 

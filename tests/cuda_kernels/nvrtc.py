@@ -37,6 +37,10 @@ def installed():
             include = root / "include"
             headers = ("cuda_fp16.h", "cooperative_groups.h", "cccl/cuda/std/array")
             if libraries and all((include / header).exists() for header in headers):
+                # NVRTC opens this one by its bare name, and not every version looks beside
+                # itself for it.
+                for builtins in (root / "lib").glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(builtins))
                 return ctypes.CDLL(str(libraries[0])), [include, include / "cccl"]
     return None
 

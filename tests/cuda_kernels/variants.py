@@ -5,6 +5,7 @@ from metal.problem import DTYPES, Problem
 
 INDEX_BITS = (32, 64)
 WIDTHS = {"float32": (1, 4), "float16": (1, 4, 8), "bfloat16": (1, 4, 8)}
+COL2IM_WIDTHS = {32: (1, 2, 4), 64: (1, 2)}
 CONFIG = Config(N=1, H=3, W=4, C=16, G=1, DG=1)
 
 
@@ -22,7 +23,7 @@ def kernels(dtypes=DTYPES, index_bits=INDEX_BITS):
                     out[op].append((plan["cuda"], dtype))
 
                 add("col2im", deterministic=True)
-                for width in (1, 2, 4):
+                for width in COL2IM_WIDTHS[bits]:
                     add("col2im", vector_width=width)
                 for width in WIDTHS[dtype]:
                     add("im2col", vector_width=width)
