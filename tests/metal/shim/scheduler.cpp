@@ -92,8 +92,17 @@ struct Scheduler {
     uint number, begin;
   } variable[kMaxVariables];
 #ifdef MSL_TSAN
-  char barrier_order[2]; // stand for what a barrier makes visible
-  char simd_order[kMaxThreads / kSimdLanes][2];
+  // Stand for what a barrier makes visible, of this threadgroup alone: one that
+  // an earlier threadgroup released would order the two.
+  struct Orders {
+    long group[2];
+    long simd[kMaxThreads / kSimdLanes][2];
+  };
+  Orders orders_of[4096];
+  uint groups_begun = 0;
+  MSL_UNSEEN Orders& orders() {
+    return orders_of[groups_begun % 4096];
+  }
 #endif
   unsigned long random = 1;
   char* error = nullptr;
@@ -254,6 +263,9 @@ MSL_UNSEEN void release_barrier() {
 }
 
 MSL_UNSEEN void run_group(bool shuffle) {
+#ifdef MSL_TSAN
+  ++scheduler.groups_begun;
+#endif
   uint order[kMaxThreads];
 #ifdef MSL_TSAN
   scheduler.memory = nullptr; // as for stacks
@@ -323,7 +335,7 @@ MSL_UNSEEN Peers meet(const char* operation, const void* value, uint bytes) {
 MSL_UNSEEN void barrier(bool orders_memory) {
   Thread& self = *scheduler.running;
 #ifdef MSL_TSAN
-  char* order = &scheduler.barrier_order[self.barriers++ % 2];
+  long* order = &scheduler.orders().group[self.barriers++ % 2];
   if (orders_memory) {
     __tsan_release(order);
   }
@@ -343,15 +355,14 @@ MSL_UNSEEN void simd_barrier(bool orders_memory) {
 #ifdef MSL_TSAN
   Thread& self = *scheduler.running;
   // Of the SIMD group alone, and of this barrier or the one after the next.
-  char* order = &scheduler.simd_order[self.index / kSimdLanes]
-                                     [self.simd_barriers++ % 2];
+  long* order = &scheduler.orders()
+                     .simd[self.index / kSimdLanes][self.simd_barriers++ % 2];
   if (orders_memory) {
     __tsan_release(order);
   }
 #endif
   const char nothing = 0;
-  const Peers peers = meet("simdgroup_barrier", &nothing, 1);
-  (void)peers;
+  meet("simdgroup_barrier", &nothing, 1);
 #ifdef MSL_TSAN
   if (orders_memory) {
     __tsan_acquire(order);
