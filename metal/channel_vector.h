@@ -11,6 +11,10 @@
 
 namespace mlx_deform {
 
+inline float not_a_number() {
+  return as_type<float>(0x7fc00000u);
+}
+
 template <int V>
 struct Channels {
   float at[V];

@@ -34,7 +34,7 @@ inline Channels<V> sample_channels(
   const BilinearCell<float> cell =
       bilinear_cell<float>(position.y, position.x, p.H, p.W);
   const Index corners = cell_index<Index>(position.image, cell, p);
-  float scale = cell.nan ? NAN : 1.0f;
+  float scale = cell.nan ? not_a_number() : 1.0f;
   if (has_mask) {
     scale *= mask[sample_index<Index>(id, p)];
   }

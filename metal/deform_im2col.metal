@@ -35,7 +35,7 @@ template <typename T, int V, typename Index>
       bilinear_cell<float>(position.y, position.x, p.H, p.W);
   const CornerWeights<float> weights = value_weights<float>(cell);
   const Index corners = cell_index<Index>(position.image, cell, p);
-  float scale = cell.nan ? NAN : 1.0f;
+  float scale = cell.nan ? not_a_number() : 1.0f;
   if (has_mask) {
     scale *= mask[sample_index<Index>(id, p)];
   }

@@ -66,7 +66,8 @@ template <typename T, int V, typename Index>
   // Lanes without a sample stay for the shuffles.
   const bool active = id.pixel < Index(p.pixel_end);
 
-  BilinearCell<float> cell = bilinear_cell<float>(NAN, NAN, p.H, p.W);
+  BilinearCell<float> cell =
+      bilinear_cell<float>(not_a_number(), not_a_number(), p.H, p.W);
   CornerWeights<float> sums; // over the lane's channels, of grad * corner
   for (int i = 0; i < 4; ++i) {
     sums.w[i] = 0.0f;
@@ -102,7 +103,7 @@ template <typename T, int V, typename Index>
 
   if (active && lane == 0) {
     const Index at = sample_index<Index>(id, p);
-    const float outside = cell.nan ? NAN : 0.0f;
+    const float outside = cell.nan ? not_a_number() : 0.0f;
     if (wants_offset) {
       float scale = 1.0f;
       if (has_mask) {

@@ -208,6 +208,7 @@ void backward(
     mx::Stream stream) {
   const DeformConv2dParams& p = at.p;
   const mx::Dtype dtype = at.input.dtype();
+  const mx::Dtype compute = at.offset.dtype(); // of sums: float32 on a GPU
   const mx::array kernel = weight_groups(at, dtype, stream);
   run_now(kernel, stream);
   const int samples = p.DG * p.kH * p.kW;
@@ -220,14 +221,14 @@ void backward(
   // Columns and their cotangent. In half types the former also in float32: a
   // product of halves would be rounded to half in every chunk, and TF32 holds
   // halves as they are.
-  const std::vector<PixelRange> chunks = chunks_of(p, sizeof(float), 2);
+  const std::vector<PixelRange> chunks = chunks_of(p, mx::size_of(compute), 2);
   for (size_t i = 0; i < chunks.size(); ++i) {
     const Chunk chunk(at, chunks[i]);
     const mx::array rows = chunk.rows_of(cotangent);
     if (gradients.weight) {
       const mx::array part = mx::matmul(
-          swapped(mx::astype(rows, mx::float32, stream), stream),
-          mx::astype(chunk.columns(stream), mx::float32, stream),
+          swapped(mx::astype(rows, compute, stream), stream),
+          mx::astype(chunk.columns(stream), compute, stream),
           stream);
       run_now(part, stream);
       grad_weight.add(part, 0);
@@ -236,7 +237,7 @@ void backward(
       const mx::array grad_columns = mx::matmul(rows, kernel, stream);
       run_now(grad_columns, stream);
       if (gradients.input) {
-        mx::array part = unwritten(chunk.input.shape(), mx::float32);
+        mx::array part = unwritten(chunk.input.shape(), compute);
         col2im(
             chunk.p,
             {&grad_columns},
@@ -248,9 +249,8 @@ void backward(
         grad_input.add(part, chunk.first_image);
       }
       if (gradients.offset || gradients.mask) {
-        mx::array to_offset =
-            unwritten({chunk.pixels, 2 * samples}, mx::float32);
-        mx::array to_mask = unwritten({chunk.pixels, samples}, mx::float32);
+        mx::array to_offset = unwritten({chunk.pixels, 2 * samples}, compute);
+        mx::array to_mask = unwritten({chunk.pixels, samples}, compute);
         offset_grad(
             chunk.p,
             chunk.input,

@@ -63,12 +63,21 @@ void for_each_sample(const DeformConv2dParams& p, const F& f) {
   }
 }
 
+// A task's own array over the same memory. A node of the graph would be
+// destroyed on the stream's thread while others still change it.
+mx::array memory_of(const mx::array& x) {
+  mx::array out(x.shape(), x.dtype(), nullptr, {});
+  out.copy_shared_buffer(x);
+  out.set_status(mx::array::Status::available);
+  return out;
+}
+
 // Arrays that a task takes along, and keeps until it has run.
 std::vector<mx::array> list_of(std::initializer_list<const mx::array*> list) {
   std::vector<mx::array> out;
   for (const mx::array* x : list) {
     if (x) {
-      out.push_back(*x);
+      out.push_back(memory_of(*x));
     }
   }
   return out;
@@ -105,7 +114,9 @@ void im2col(
     mx::Stream stream) {
   own(&columns);
   mx::cpu::get_command_encoder(stream).dispatch(
-      [p, in = list_of({&input, &offset, mask}), columns = columns]() mutable {
+      [p,
+       in = list_of({&input, &offset, mask}),
+       columns = memory_of(columns)]() mutable {
         cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
           const Source<T, R> source(
               p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
@@ -142,10 +153,10 @@ struct CotangentSource {
 
   explicit CotangentSource(const ColumnCotangent& from) {
     if (from.columns) {
-      columns = *from.columns;
+      columns = memory_of(*from.columns);
     } else {
-      cotangent = *from.cotangent;
-      weight = *from.weight;
+      cotangent = memory_of(*from.cotangent);
+      weight = memory_of(*from.weight);
     }
   }
 
@@ -215,7 +226,7 @@ void col2im(
       [p,
        from = CotangentSource(grad_columns),
        in = list_of({&offset, mask}),
-       grad_input = grad_input]() mutable {
+       grad_input = memory_of(grad_input)]() mutable {
         cpu::dispatch_types(from.dtype(), [&]<typename T, typename R>() {
           // Scattering reads no image; anything stands in for it.
           const Source<T, R> source(
@@ -324,7 +335,9 @@ void output_product(
     mx::array& out,
     mx::Stream stream) {
   mx::cpu::get_command_encoder(stream).dispatch(
-      [p, in = list_of({&columns, &weight, bias}), out = out]() mutable {
+      [p,
+       in = list_of({&columns, &weight, bias}),
+       out = memory_of(out)]() mutable {
         cpu::dispatch_types(out.dtype(), [&]<typename T, typename R>() {
           const GroupSizes size(p);
           const auto values = numbers<T, R>(in[0]);
@@ -364,7 +377,7 @@ void column_product(
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
        in = list_of({&cotangent, &weight}),
-       grad_columns = grad_columns]() mutable {
+       grad_columns = memory_of(grad_columns)]() mutable {
         cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
           const GroupSizes size(p);
           const auto rows = cotangent_rows<T, R>(p, in[0]);
@@ -402,7 +415,7 @@ void weight_product(
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
        in = list_of({&cotangent, &columns}),
-       grad_weight = grad_weight]() mutable {
+       grad_weight = memory_of(grad_weight)]() mutable {
         cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
           const GroupSizes size(p);
           const auto rows = cotangent_rows<T, R>(p, in[0]);
@@ -478,7 +491,7 @@ void direct_output(
       [p,
        in = list_of({&input, &offset, mask}),
        weights_in = list_of({&weight, bias}),
-       out = out]() mutable {
+       out = memory_of(out)]() mutable {
         cpu::dispatch_types(out.dtype(), [&]<typename T, typename R>() {
           const Source<T, R> source(
               p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
@@ -512,8 +525,8 @@ void direct_weight(
   mx::cpu::get_command_encoder(stream).dispatch(
       [p,
        in = list_of({&input, &offset, mask}),
-       cotangent = cotangent,
-       grad_weight = grad_weight]() mutable {
+       cotangent = memory_of(cotangent),
+       grad_weight = memory_of(grad_weight)]() mutable {
         cpu::dispatch_types(in[0].dtype(), [&]<typename T, typename R>() {
           const Source<T, R> source(
               p, in[0], in[1], p.has_mask ? &in[2] : nullptr);
@@ -530,9 +543,10 @@ void direct_weight(
 
 void zero_fill(mx::array& out, mx::Stream stream) {
   own(&out);
-  mx::cpu::get_command_encoder(stream).dispatch([out = out]() mutable {
-    std::fill_n(out.data<char>(), out.nbytes(), char(0));
-  });
+  mx::cpu::get_command_encoder(stream).dispatch(
+      [out = memory_of(out)]() mutable {
+        std::fill_n(out.data<char>(), out.nbytes(), char(0));
+      });
 }
 
 void keep(const mx::array& x, mx::Stream stream) {
