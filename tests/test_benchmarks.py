@@ -15,6 +15,7 @@ from numerics import check_against_oracle
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import deform_conv2d as benchmark
+import metal_roofline
 import named_cases
 import problem
 
@@ -112,3 +113,13 @@ def test_the_bridge_beside_torchvision(capsys, monkeypatch):
 
 def _mismatch(*arguments, **settings):
     raise problem.Mismatch("output")
+
+
+def test_the_metal_roofline_prints_every_kernel(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["metal_roofline.py", "--dtype", "float16"])
+    metal_roofline.main()
+    said = capsys.readouterr().out
+    for kernel in ("im2col", "output_product", "column_product", "weight_product", "col2im"):
+        assert f"  {kernel} " in said
+    assert "direct_output" in said, "the depthwise case"
+    assert said.count("forward and backward:") == len(metal_roofline.CASES)
