@@ -22,9 +22,11 @@ GRADIENTS = "test_deform_conv2d_gradients.py"
 HALF = "test_deform_conv2d_half.py"
 IM2COL = "test_deform_im2col.py"
 SPECIAL = "test_deform_conv2d_special.py"
+TRANSFORMS = "test_deform_conv2d_transforms.py"
 STAND_IN = {"MLX_DEFORM_STAND_IN": "1"}
 OWN_OUTPUTS = {"MLX_DEFORM_STAND_IN": "own"}
 SMALL_CHUNKS = {"MLX_DEFORM_COLUMN_BUDGET_MB": "0.01"}
+SMALL_PIECES = {"MLX_DEFORM_PIECE_GFLOP": "1e-5"}
 
 without_a_gpu = pytest.mark.skipif(
     test_device() != mx.cpu, reason="a build with a GPU has no stand-in for it"
@@ -36,7 +38,12 @@ RUNS = {
     # As on CUDA, where kernels have outputs of their own.
     "own-outputs-chunks": (OWN_OUTPUTS | SMALL_CHUNKS, [GRADIENTS]),
     # As on Metal, where they write in place.
-    "in-place-chunks": (STAND_IN | SMALL_CHUNKS, [FORWARD, GRADIENTS, SPECIAL]),
+    "in-place-chunks": (STAND_IN | SMALL_CHUNKS, [GRADIENTS, SPECIAL]),
+    # Each call a chain of primitives.
+    "in-place-pieces": (
+        STAND_IN | SMALL_CHUNKS | SMALL_PIECES,
+        [FORWARD, GRADIENTS, TRANSFORMS],
+    ),
     "in-place": (STAND_IN, [FORWARD, HALF, IM2COL]),
     "baseline": ({"MLX_DEFORM_ISA": "baseline"}, [FORWARD, HALF]),
     "own-outputs": (OWN_OUTPUTS, [IM2COL]),
