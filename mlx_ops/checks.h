@@ -1,48 +1,17 @@
-// Shape and type checks, stated once: the ops call them before anything is
-// scheduled, the primitives to derive their sizes from the arrays at hand.
+// Checks that every op makes before anything is scheduled. They throw
+// std::invalid_argument (a ValueError in Python) that reads
+// "[tag] rule; got value".
 
 #pragma once
 
-#include <optional>
 #include <string>
-#include <utility>
 
 #include "mlx/array.h"
 #include "mlx/stream.h"
-#include "mlx_ops/deform_conv2d_params.h"
 
 namespace mlx_deform {
 
 namespace mx = mlx::core;
-
-using Pair = std::pair<int, int>; // (rows, columns)
-
-struct Geometry {
-  Pair stride{1, 1};
-  Pair padding{0, 0};
-  Pair dilation{1, 1};
-
-  bool operator==(const Geometry&) const = default;
-};
-
-// Throws std::invalid_argument (a ValueError in Python) that reads
-// "[tag] rule; got value" unless the shapes fit together.
-DeformConv2dParams check_deform_conv2d(
-    const std::string& tag,
-    const Geometry& geometry,
-    const mx::Shape& input,
-    const mx::Shape& offset,
-    const mx::Shape& weight,
-    const std::optional<mx::Shape>& bias,
-    const std::optional<mx::Shape>& mask);
-
-DeformConv2dParams check_deform_im2col(
-    const std::string& tag,
-    const Geometry& geometry,
-    const Pair& kernel_size,
-    const mx::Shape& input,
-    const mx::Shape& offset,
-    const std::optional<mx::Shape>& mask);
 
 // The argument must hold real floating-point numbers.
 void check_floating(

@@ -1,14 +1,8 @@
 // The ops in MLX's own primitives: for graphs that leave the process, which
 // mx.export_function writes and any MLX can run. Slower and without a bound on
-// memory: the columns are kept whole.
+// memory. Each op has its own composition; this is the switch.
 
 #pragma once
-
-#include <optional>
-
-#include "mlx/array.h"
-#include "mlx/stream.h"
-#include "mlx_ops/checks.h"
 
 namespace mlx_deform {
 
@@ -16,24 +10,5 @@ namespace mlx_deform {
 bool portable();
 // Returns the earlier setting.
 bool set_portable(bool value);
-
-// As deform_im2col and deform_conv2d compute, but for the result's type:
-// columns come in that of `offset`, the type of all sums, and outputs in that
-// of `input`.
-mx::array portable_im2col(
-    const DeformConv2dParams& p,
-    const mx::array& input,
-    const mx::array& offset,
-    const std::optional<mx::array>& mask,
-    mx::Stream stream);
-
-mx::array portable_conv2d(
-    const DeformConv2dParams& p,
-    const mx::array& input,
-    const mx::array& offset,
-    const mx::array& weight,
-    const std::optional<mx::array>& bias,
-    const std::optional<mx::array>& mask,
-    mx::Stream stream);
 
 } // namespace mlx_deform

@@ -246,7 +246,7 @@ def test_zero_fill(size):
     plan = _ext._dispatch_plan("zero_fill", {"size": size})
     with metal.guarded(out) as (copy,):
         metal_kernels("float32", 32).run(
-            plan, {"out": copy, "size": np.int64(size).tobytes()}, seed=1
+            plan, {"out": copy, "params": np.int64(size).tobytes()}, seed=1
         )
     np.testing.assert_array_equal(out, np.zeros(size))
 

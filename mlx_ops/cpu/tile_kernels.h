@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#include "mlx_ops/deform_conv2d_params.h"
+#include "mlx_ops/deform_conv2d/params.h"
 #include "mlx_ops/sampling.h"
 
 namespace mlx_deform::cpu {

@@ -10,9 +10,10 @@
 #include <vector>
 
 #include "mlx/array.h"
-#include "mlx_ops/checks.h"
 #include "mlx_ops/cpu/thread_pool.h"
 #include "mlx_ops/cpu/tile_kernels.h"
+#include "mlx_ops/cpu/types.h"
+#include "mlx_ops/deform_conv2d/params.h"
 
 namespace mlx_deform::cpu {
 
@@ -32,20 +33,6 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) {
 
 constexpr int64_t round_up(int64_t a, int64_t b) {
   return ceil_div(a, b) * b;
-}
-
-// Calls f.template operator()<T, R>() for the storage type `dtype`.
-template <typename F>
-void dispatch_types(mx::Dtype dtype, F&& f) {
-  if (dtype == mx::float64) {
-    f.template operator()<double, double>();
-  } else if (dtype == mx::float32) {
-    f.template operator()<float, float>();
-  } else if (dtype == mx::float16) {
-    f.template operator()<Float16, float>();
-  } else {
-    f.template operator()<BFloat16, float>();
-  }
 }
 
 // What sampling reads.

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <map>
-#include <stdexcept>
 
+#include "mlx_ops/cuda/launch_arguments.h"
 #include "mlx_ops/cuda/sources.h"
+#include "mlx_ops/gpu/plan_arithmetic.h"
 
 namespace mlx_deform::cuda {
 
@@ -16,29 +16,58 @@ namespace {
 // row of 2^20 blocks is below both for every block size, and its rows are few.
 constexpr int64_t kBlocksPerRow = int64_t(1) << 20;
 
-int64_t ceil_div(int64_t a, int64_t b) {
-  return a / b + (a % b != 0);
+// The text that defines the kernel.
+const char* header_of(const std::string& stem) {
+  for (const char* const* source = sources; *source != nullptr; ++source) {
+    if (std::strstr(*source, (" void " + stem + "(").c_str())) {
+      return *source;
+    }
+  }
+  gpu::refuse("a kernel must exist in CUDA; got ", stem);
 }
 
-const char* header_of(const std::string& stem) {
-  static const std::map<std::string, const char*> headers = {
-      {"deform_im2col", im2col_source},
-      {"deform_col2im", col2im_source},
-      {"deform_col2im_ordered", col2im_source},
-      {"deform_offset_grad", offset_grad_source}};
-  const auto found = headers.find(stem);
-  if (found == headers.end()) {
-    throw std::invalid_argument(
-        "[mlx_deform] a kernel must exist in CUDA; got " + stem);
+void append_words(std::vector<int64_t>& words, const void* from, size_t bytes) {
+  if (bytes % sizeof(int64_t) != 0) {
+    gpu::refuse("params must be whole words; got ", bytes, " bytes");
   }
-  return found->second;
+  const size_t begin = words.size();
+  words.resize(begin + bytes / sizeof(int64_t));
+  std::memcpy(words.data() + begin, from, bytes);
+}
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() &&
+      text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+// Places blocks in rows, as CUDA counts them.
+LaunchGrid place_blocks(const gpu::Launch& launch, CustomKernel& out) {
+  LaunchGrid grid{};
+  int64_t blocks = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    const int64_t along = gpu::ceil_div(launch.grid[axis], launch.group[axis]);
+    grid.threads[axis] = int(launch.grid[axis]);
+    grid.blocks[axis] = int(along);
+    if (__builtin_mul_overflow(blocks, along, &blocks) ||
+        blocks > std::numeric_limits<int32_t>::max()) {
+      gpu::refuse(
+          "a launch must have fewer than 2^31 blocks: work in smaller chunks");
+    }
+    out.group[axis] = int(launch.group[axis]);
+  }
+  const int64_t row = std::min(blocks, kBlocksPerRow);
+  out.grid = {
+      int(row * out.group[0]),
+      int(gpu::ceil_div(blocks, row) * out.group[1]),
+      out.group[2]};
+  return grid;
 }
 
 } // namespace
 
 CustomKernel custom_kernel(
     const gpu::Launch& launch,
-    const DeformConv2dParams& params) {
+    const std::vector<char>& params) {
   CustomKernel out;
   out.name = launch.stem;
   out.header = header_of(launch.stem);
@@ -59,8 +88,7 @@ CustomKernel custom_kernel(
     arguments += binding.role + ", ";
   }
 
-  LaunchArguments words{};
-  words.params = params;
+  LaunchGrid grid = place_blocks(launch, out);
   out.vector_width = launch.vector_width;
   std::string constants = "V";
   for (const gpu::FunctionConstant& constant : launch.constants) {
@@ -70,35 +98,25 @@ CustomKernel custom_kernel(
       constants += ", " + constant.name;
       out.flags.emplace_back(constant.name, constant.value != 0);
     } else if (constant.name == "segment_lanes") {
-      words.segment_lanes = constant.value;
-    } else { // the only other one
-      words.pixels_per_thread = constant.value;
+      grid.segment_lanes = constant.value;
+    } else if (ends_with(constant.name, "_per_thread")) {
+      grid.walk = constant.value;
+    } else {
+      gpu::refuse("a constant must be known in CUDA; got ", constant.name);
     }
+  }
+  append_words(out.words, params.data(), params.size());
+  append_words(out.words, &grid, sizeof(grid));
+
+  std::string carriers;
+  const int64_t count = gpu::ceil_div(int64_t(out.words.size()), kCarrierWords);
+  for (int64_t i = 0; i < count; ++i) {
+    carriers += (i ? ", " : "") + out.inputs.at(i) + "_strides";
   }
   out.source = "  mlx_deform::" + launch.stem + "<T, Index, " + constants +
-      ">(\n      " + arguments + "mlx_deform::launch_arguments(" +
-      out.inputs[0] + "_strides, " + out.inputs[1] + "_strides));\n";
-
-  int64_t blocks = 1;
-  for (int axis = 0; axis < 3; ++axis) {
-    const int64_t along = ceil_div(launch.grid[axis], launch.group[axis]);
-    words.grid[axis] = int(launch.grid[axis]);
-    words.blocks[axis] = int(along);
-    if (__builtin_mul_overflow(blocks, along, &blocks) ||
-        blocks > std::numeric_limits<int32_t>::max()) {
-      throw std::invalid_argument(
-          "[mlx_deform] a launch must have fewer than 2^31 blocks: work in "
-          "smaller chunks");
-    }
-    out.group[axis] = int(launch.group[axis]);
-  }
-  std::memcpy(out.words.data(), &words, sizeof(words));
-
-  const int64_t row = std::min(blocks, kBlocksPerRow);
-  out.grid = {
-      int(row * out.group[0]),
-      int(ceil_div(blocks, row) * out.group[1]),
-      out.group[2]};
+      ">(\n      " + arguments +
+      "mlx_deform::launch_arguments<mlx_deform::LaunchParams>(" + carriers +
+      "));\n";
   return out;
 }
 

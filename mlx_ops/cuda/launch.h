@@ -10,8 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "mlx_ops/cuda/launch_arguments.h"
-#include "mlx_ops/gpu/dispatch.h"
+#include "mlx_ops/gpu/launch.h"
 
 namespace mlx_deform::cuda {
 
@@ -26,15 +25,16 @@ struct CustomKernel {
   std::vector<std::pair<std::string, bool>> flags; // its other constants
   std::array<int, 3> grid; // threads, whole blocks
   std::array<int, 3> group; // threads of a block
-  // LaunchArguments, which the body takes from the strides of the first two
-  // inputs: kFirstWords words from the first one's, the rest from the other's.
-  std::array<int64_t, kLaunchWords> words;
+  // LaunchArguments, which the body takes from the strides of the first inputs:
+  // kCarrierWords words from each, as many as are needed.
+  std::vector<int64_t> words;
 };
 
-// Of a launch that is not empty, of im2col, col2im or offset_grad. Raises
-// std::invalid_argument where it needs more blocks than CUDA can count.
+// Of a launch that is not empty, and the bytes of its op's sizes. Raises
+// std::invalid_argument where it needs more blocks than CUDA can count, or
+// where no file of cuda/ has the kernel.
 CustomKernel custom_kernel(
     const gpu::Launch& launch,
-    const DeformConv2dParams& params);
+    const std::vector<char>& params);
 
 } // namespace mlx_deform::cuda

@@ -2,26 +2,30 @@
 
 #pragma once
 
-#include "mlx_ops/deform_conv2d_params.h"
-
 namespace mlx_deform {
 
-struct LaunchArguments {
-  DeformConv2dParams params;
+struct LaunchGrid {
   // The dispatch plan's grid, in threads, and the blocks along its axes. CUDA
   // allows few blocks along y and z, so they are launched in one long row.
-  int grid[3];
+  int threads[3];
   int blocks[3];
-  // Lanes that share a sample, in offset_grad: a power of two up to 32. Told
-  // and not compiled in, for compiling takes seconds.
+  // The plan's numbers, told and not compiled in, for compiling takes seconds:
+  // the lanes that share a sample, a power of two up to 32, and the neighbours
+  // that a thread walks over (the plan's ..._per_thread).
   int segment_lanes;
-  // Neighbouring pixels that a thread takes, in col2im.
-  int pixels_per_thread;
+  int walk;
 };
 
-// It travels as 64-bit words: see mlx_ops/cuda/kernels.cpp.
-inline constexpr int kLaunchWords = sizeof(LaunchArguments) / sizeof(long);
-inline constexpr int kFirstWords = 10; // of them with a kernel's first array
-static_assert(sizeof(LaunchArguments) % sizeof(long) == 0, "whole words");
+// Params is the op's struct of sizes.
+template <typename Params>
+struct LaunchArguments {
+  Params params;
+  LaunchGrid grid;
+  static_assert(sizeof(Params) % sizeof(long) == 0, "whole words");
+};
+
+// They travel as 64-bit words in the strides of a kernel's first arrays, each
+// of which carries this many: see mlx_ops/cuda/run.cpp.
+inline constexpr int kCarrierWords = 10;
 
 } // namespace mlx_deform

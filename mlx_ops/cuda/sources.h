@@ -6,8 +6,6 @@
 
 namespace mlx_deform::cuda {
 
-extern const char* const im2col_source;
-extern const char* const col2im_source;
-extern const char* const offset_grad_source;
+extern const char* const sources[]; // and a null
 
 } // namespace mlx_deform::cuda

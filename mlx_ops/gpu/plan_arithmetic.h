@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "mlx_ops/gpu/dispatch.h"
+#include "mlx_ops/gpu/launch.h"
 
 namespace mlx_deform::gpu {
 
@@ -49,24 +49,7 @@ inline int64_t power_of_two_from(int64_t n) {
 
 int64_t itemsize_of(const std::string& dtype);
 
-inline int64_t taps(const DeformConv2dParams& p) {
-  return product({p.kH, p.kW});
-}
-
-inline int64_t all_pixels(const DeformConv2dParams& p) {
-  return product({p.N, p.Ho, p.Wo});
-}
-
-inline int64_t chunk_pixels(const DeformConv2dParams& p) {
-  return p.pixel_end - p.pixel_begin;
-}
-
-void check(const DeformConv2dParams& p);
-void check_outputs(const DeformConv2dParams& p); // of a weight
 void check_grid(const Launch& launch);
-
-// The elements of the largest array that a kernel of samples may index.
-int64_t largest_array(const DeformConv2dParams& p);
 
 // Positions run up to `largest`, unless the caller insists.
 int index_bits_for(int64_t largest, const PlanOptions& options);

@@ -1,7 +1,7 @@
 #include "mlx_ops/gpu/run_now.h"
 
 #include "mlx/primitives.h"
-#include "mlx_ops/gpu/kernels.h"
+#include "mlx_ops/gpu/run.h"
 
 namespace mlx_deform::gpu {
 

@@ -5,7 +5,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include "mlx_ops/deform_conv2d.h"
+#include "mlx_ops/deform_conv2d/op.h"
 
 namespace mx = mlx::core;
 using namespace nb::literals;

@@ -5,7 +5,7 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
-#include "mlx_ops/deform_im2col.h"
+#include "mlx_ops/deform_conv2d/im2col.h"
 
 namespace mx = mlx::core;
 using namespace nb::literals;

@@ -43,7 +43,7 @@ NB_MODULE(_ext, m) {
   m.doc() = "Deformable convolution for MLX: the compiled ops.";
   init_deform_conv2d(m);
   init_deform_im2col(m);
-  init_dispatch(m);
+  init_deform_conv2d_dispatch(m);
   init_memory(m);
   m.def(
       "_set_portable",

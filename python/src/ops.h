@@ -8,7 +8,7 @@
 
 #include <nanobind/nanobind.h>
 
-#include "mlx_ops/checks.h"
+#include "mlx_ops/deform_conv2d/shapes.h"
 
 namespace nb = nanobind;
 
@@ -34,4 +34,4 @@ void init_deform_im2col(nb::module_& m);
 void init_memory(nb::module_& m);
 
 // Private functions for tests: the GPU's dispatch plan.
-void init_dispatch(nb::module_& m);
+void init_deform_conv2d_dispatch(nb::module_& m);

@@ -19,7 +19,8 @@ CUDA_TYPES = {
     "int32": "int32_t",
     "int64": "int64_t",
 }
-HALF_ARRAYS = ("input", "columns", "grad_columns")
+HALF_ARRAYS = ("input", "columns", "grad_columns", "value", "cotangent", "out")
+INT_ARRAYS = ("levels",)
 
 
 class Text(NamedTuple):
@@ -44,7 +45,9 @@ def text_of(kernel, dtype):
 
     parameters, arguments = [], []
     for role in (*kernel["inputs"], *kernel["outputs"]):
-        kind = CUDA_TYPES[dtype if role in HALF_ARRAYS else "float32"]
+        kind = CUDA_TYPES[
+            dtype if role in HALF_ARRAYS else "int32" if role in INT_ARRAYS else "float32"
+        ]
         const = "const " if role in kernel["inputs"] else ""
         parameters.append(f"    {const}{kind}* {role}")
         arguments.append(("array", role))

@@ -45,16 +45,20 @@ def launch(kernel, text, buffers):
     `buffers` are those of the dispatch plan: the outputs whole, of which the kernel gets
     the rows of its pixels.
     """
-    words = np.zeros(2 * STRIDES, np.int64)
     given = np.frombuffer(kernel["words"], np.int64)
-    first = kernel["first_words"]
-    words[:first], words[STRIDES : STRIDES + len(given) - first] = given[:first], given[first:]
-    begin, end = struct.unpack_from("ll", buffers["params"], PIXEL_BEGIN)
-    carriers = iter((words[:STRIDES], words[STRIDES:]))
+    carried = kernel["carrier_words"]
+    carriers = []
+    for begin in range(0, len(given), carried):
+        words = np.zeros(STRIDES, np.int64)
+        part = given[begin : begin + carried]
+        words[: len(part)] = part
+        carriers.append(words)
+    carriers = iter(carriers)
     arrays = {}
     for place, (kind, role) in enumerate(text.arguments):
         array = next(carriers) if kind == "strides" else buffers[role]
         if kind == "array" and role in ("grad_offset", "grad_mask"):
+            begin, end = struct.unpack_from("ll", buffers["params"], PIXEL_BEGIN)
             array = array.reshape(-1, array.shape[-1])[begin:end]
         arrays[f"{place} {role}"] = array
     plan = {
