@@ -228,7 +228,8 @@ def test_the_cases_run_every_metal_kernel():
                     ):
                         add(problem, "direct_output", vector_width=width)
                         add(problem, "direct_weight", vector_width=width)
-            assert asked == set(metal_kernels(dtype, index_bits).numbers)
+            kernels = metal_kernels(dtype, index_bits).numbers
+            assert asked == {name for name in kernels if not name.startswith("msda_")}
 
 
 @pytest.mark.parametrize(

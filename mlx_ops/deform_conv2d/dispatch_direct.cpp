@@ -48,17 +48,6 @@ int64_t outputs_per_thread(const DeformConv2dParams& p) {
   return is_depthwise(p) ? 1 : outputs % 4 == 0 ? 4 : outputs % 2 == 0 ? 2 : 1;
 }
 
-// Whole threadgroups of up to 256, as far along x as it goes.
-std::array<int64_t, 3> group_for(const std::array<int64_t, 3>& grid) {
-  std::array<int64_t, 3> group{};
-  int64_t left = kGroupThreads;
-  for (int axis = 0; axis < 3; ++axis) {
-    group[axis] = std::clamp<int64_t>(grid[axis], 1, left);
-    left /= group[axis];
-  }
-  return group;
-}
-
 // What the two plans share; a thread's channels are out.vector_width.
 Launch plan_direct(
     const char* what,

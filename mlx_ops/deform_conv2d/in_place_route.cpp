@@ -17,8 +17,8 @@
 
 #include "mlx_ops/arrays.h"
 #include "mlx_ops/deform_conv2d/chunks.h"
-#include "mlx_ops/deform_conv2d/gpu_kernels.h"
 #include "mlx_ops/deform_conv2d/dispatch.h"
+#include "mlx_ops/deform_conv2d/gpu_kernels.h"
 #include "mlx_ops/gpu/run.h"
 
 namespace mlx_deform::gpu::in_place_route {

@@ -75,6 +75,16 @@ int index_bits_for(int64_t largest, const PlanOptions& options) {
   }
 }
 
+std::array<int64_t, 3> group_for(const std::array<int64_t, 3>& grid) {
+  std::array<int64_t, 3> group{};
+  int64_t left = kGroupThreads;
+  for (int axis = 0; axis < 3; ++axis) {
+    group[axis] = std::clamp<int64_t>(grid[axis], 1, left);
+    left /= group[axis];
+  }
+  return group;
+}
+
 void name_kernel(
     Launch& launch,
     const std::string& stem,

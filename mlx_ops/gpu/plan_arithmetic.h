@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
@@ -53,6 +54,9 @@ void check_grid(const Launch& launch);
 
 // Positions run up to `largest`, unless the caller insists.
 int index_bits_for(int64_t largest, const PlanOptions& options);
+
+// Whole threadgroups of up to kGroupThreads, as far along x as it goes.
+std::array<int64_t, 3> group_for(const std::array<int64_t, 3>& grid);
 
 inline FunctionConstant flag(const std::string& name, int index, bool value) {
   return {name, index, true, value ? 1 : 0};

@@ -22,7 +22,12 @@ def _check_mlx_version(found: str) -> None:
 
 _check_mlx_version(_mx.__version__)
 
-from ._ext import _set_portable, deform_conv2d, deform_im2col  # noqa: E402
+from ._ext import (  # noqa: E402
+    _set_portable,
+    deform_conv2d,
+    deform_im2col,
+    multi_scale_deformable_attention,
+)
 
 
 @contextlib.contextmanager
@@ -44,4 +49,10 @@ def portable():
         _set_portable(earlier)
 
 
-__all__ = ["__version__", "deform_conv2d", "deform_im2col", "portable"]
+__all__ = [
+    "__version__",
+    "deform_conv2d",
+    "deform_im2col",
+    "multi_scale_deformable_attention",
+    "portable",
+]

@@ -30,3 +30,13 @@ def deform_im2col(
     *,
     stream: mlx.core.Stream | mlx.core.Device | mlx.core.DeviceType | None = None,
 ) -> mlx.core.array: ...
+def multi_scale_deformable_attention(
+    value: mlx.core.array,
+    spatial_shapes: Sequence[Sequence[int]],
+    sampling_locations: mlx.core.array,
+    attention_weights: mlx.core.array,
+    *,
+    points: Sequence[int] | None = None,
+    method: str = "bilinear",
+    stream: mlx.core.Stream | mlx.core.Device | mlx.core.DeviceType | None = None,
+) -> mlx.core.array: ...

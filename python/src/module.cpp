@@ -40,10 +40,12 @@ mlx_deform::Geometry to_geometry(
 using namespace nb::literals;
 
 NB_MODULE(_ext, m) {
-  m.doc() = "Deformable convolution for MLX: the compiled ops.";
+  m.doc() = "Deformable sampling for MLX: the compiled ops.";
   init_deform_conv2d(m);
   init_deform_im2col(m);
+  init_multi_scale_deformable_attention(m);
   init_deform_conv2d_dispatch(m);
+  init_msda_dispatch(m);
   init_memory(m);
   m.def(
       "_set_portable",

@@ -29,9 +29,11 @@ mlx_deform::Geometry to_geometry(
 // One function per op, each in a file of its name.
 void init_deform_conv2d(nb::module_& m);
 void init_deform_im2col(nb::module_& m);
+void init_multi_scale_deformable_attention(nb::module_& m);
 
 // A private function of mlx_deform.torch: memory of another library's.
 void init_memory(nb::module_& m);
 
-// Private functions for tests: the GPU's dispatch plan.
+// Private functions for tests: the GPU's dispatch plans.
 void init_deform_conv2d_dispatch(nb::module_& m);
+void init_msda_dispatch(nb::module_& m);
