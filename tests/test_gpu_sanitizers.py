@@ -190,7 +190,7 @@ PLANTED_IN_CUDA = {
     ),
     "overrun: threads beyond the grid": (
         "im2col",
-        """  if (!in_grid(at, launch)) {
+        """  if (!in_grid(at, launch.grid)) {
     return;
   }
 """,

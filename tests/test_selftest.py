@@ -52,15 +52,13 @@ def test_what_is_wrong_is_found_by_name(monkeypatch, capsys):
     def wrong(input, offset, weight, *arguments):
         out = right(input, offset, weight, *arguments)
         if input.dtype == mx.float16 and weight.shape[-1] == 1:
-            out = out * 1.03
+            out = out + 0.3 * mx.stop_gradient(out)
         return out
 
     monkeypatch.setattr(selftest, "deform_conv2d", wrong)
     assert selftest.main(["--device", "cpu"]) == 1
     said = capsys.readouterr().out
-    assert (
-        "suspects: deform_depthwise_output (float16), deform_depthwise_weight (float16)\n" in said
-    )
+    assert "suspects: deform_depthwise_output (float16)\n" in said
     failed = [line.split()[:3] for line in said.splitlines() if line.endswith("FAILED")]
     assert failed == 2 * [["deform_conv2d,", "depthwise", "float16"]]  # in the table and the report
 
