@@ -23,6 +23,7 @@ HALF = "test_deform_conv2d_half.py"
 IM2COL = "test_deform_im2col.py"
 SPECIAL = "test_deform_conv2d_special.py"
 TRANSFORMS = "test_deform_conv2d_transforms.py"
+ATTENTION = "test_multi_scale_deformable_attention.py"
 STAND_IN = {"MLX_DEFORM_STAND_IN": "1"}
 OWN_OUTPUTS = {"MLX_DEFORM_STAND_IN": "own"}
 SMALL_CHUNKS = {"MLX_DEFORM_COLUMN_BUDGET_MB": "0.01"}
@@ -42,11 +43,11 @@ RUNS = {
     # Each call a chain of primitives.
     "in-place-pieces": (
         STAND_IN | SMALL_CHUNKS | SMALL_PIECES,
-        [FORWARD, GRADIENTS, TRANSFORMS],
+        [FORWARD, GRADIENTS, TRANSFORMS, ATTENTION],
     ),
-    "in-place": (STAND_IN, [FORWARD, HALF, IM2COL]),
-    "baseline": ({"MLX_DEFORM_ISA": "baseline"}, [FORWARD, HALF]),
-    "own-outputs": (OWN_OUTPUTS, [IM2COL]),
+    "in-place": (STAND_IN, [FORWARD, HALF, IM2COL, ATTENTION]),
+    "baseline": ({"MLX_DEFORM_ISA": "baseline"}, [FORWARD, HALF, ATTENTION]),
+    "own-outputs": (OWN_OUTPUTS, [IM2COL, ATTENTION]),
 }
 
 

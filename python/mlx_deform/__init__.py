@@ -1,4 +1,4 @@
-"""Deformable convolution (DCNv1, DCNv2) as a native MLX op with gradients."""
+"""Deformable convolution and multi-scale deformable attention as native MLX ops with gradients."""
 
 import contextlib
 import importlib.metadata
