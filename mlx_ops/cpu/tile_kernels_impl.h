@@ -2,6 +2,7 @@
 // which defines MLX_DEFORM_ISA (a namespace) and MLX_DEFORM_VECTOR_BYTES.
 // Everything here has internal linkage or lives in that namespace.
 
+#include "mlx_ops/cpu/lane_sums.h"
 #include "mlx_ops/cpu/storage.h"
 #include "mlx_ops/cpu/tile_kernels.h"
 #include "mlx_ops/cpu/vector.h"
@@ -9,49 +10,6 @@
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
-
-// Four numbers, and the sums of four vectors' lanes, always in the same order.
-template <typename R>
-struct Four {
-  R of[4];
-};
-
-template <typename R>
-static inline Four<R> sums_of(const Vector<R> (&v)[4]) {
-  constexpr int width = VectorOf<R>::width;
-  Four<R> sums;
-#if __has_builtin(__builtin_shufflevector)
-  if constexpr (width >= 4) {
-    typedef R Quad __attribute__((vector_size(4 * sizeof(R))));
-    Quad q[4];
-    for (int i = 0; i < 4; ++i) {
-      R lanes[width];
-      store(lanes, v[i]);
-      __builtin_memcpy(&q[i], lanes, sizeof(Quad));
-      for (int j = 4; j < width; j += 4) {
-        Quad more;
-        __builtin_memcpy(&more, lanes + j, sizeof(Quad));
-        q[i] += more;
-      }
-    }
-    const Quad ab = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) +
-        __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-    const Quad cd = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) +
-        __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    const Quad all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
-        __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    __builtin_memcpy(&sums, &all, sizeof(sums));
-    return sums;
-  }
-#endif
-  for (int i = 0; i < 4; ++i) {
-    sums.of[i] = v[i][0];
-    for (int j = 1; j < width; ++j) {
-      sums.of[i] += v[i][j];
-    }
-  }
-  return sums;
-}
 
 // The samples of some pixels at one tap and offset group, side by side for the
 // compiler to vectorise.
@@ -347,17 +305,18 @@ void offset_grad(
         for (int i = 0; i < 4; ++i) {
           s[i] += t[i];
         }
-        Four<R> corner = sums_of<R>(s);
+        R corner[4];
+        lane_sums<R>(s, corner);
         for (; q < group_width; ++q) {
           for (int i = 0; i < 4; ++i) {
-            corner.of[i] += grad_columns[q] * load_one(from.p[i] + q);
+            corner[i] += grad_columns[q] * load_one(from.p[i] + q);
           }
         }
         grad_columns += group_width;
 
         const auto combine = [&](CornerWeights<R> weights) {
-          return weights.w[0] * corner.of[0] + weights.w[1] * corner.of[1] +
-              weights.w[2] * corner.of[2] + weights.w[3] * corner.of[3];
+          return weights.w[0] * corner[0] + weights.w[1] * corner[1] +
+              weights.w[2] * corner[2] + weights.w[3] * corner[3];
         };
         if (grad_offset) {
           const R m = samples->mask;

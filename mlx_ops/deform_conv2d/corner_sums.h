@@ -1,7 +1,7 @@
 // How col2im spares atomics, in Metal and in CUDA: a thread walks neighbouring
 // output pixels, whose samples share corners wherever neighbouring offsets are
 // alike, and holds a corner's sum until the walk leaves it. Each language
-// includes deform_sample.h before this, and brings a Destination with
+// includes its Channels before this, and brings a Destination with
 // add(index, k, sum), an atomic addition to an element and its k-th channel.
 
 #pragma once

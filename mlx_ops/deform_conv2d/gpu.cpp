@@ -48,6 +48,9 @@ with_pixels(const DeformConv2dParams& params, int64_t begin, int64_t end) {
 mx::array as_type(const mx::array& x, mx::Dtype dtype, mx::Stream stream) {
   const mx::array out = mx::astype(x, dtype, stream);
   run_now(out, stream);
+  if (x.dtype() != dtype) {
+    keep(out, stream);
+  }
   return out;
 }
 

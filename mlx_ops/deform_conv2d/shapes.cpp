@@ -2,48 +2,15 @@
 
 #include <cstdint>
 #include <limits>
-#include <sstream>
-#include <stdexcept>
+#include <string>
 
 #include "mlx/dtype.h"
 #include "mlx/utils.h"
+#include "mlx_ops/checks.h"
 
 namespace mlx_deform {
 
 namespace {
-
-// Shapes print as Python's tuples do.
-std::string text(const mx::Shape& shape) {
-  std::ostringstream out;
-  out << "shape (";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    out << (i ? ", " : "") << shape[i];
-  }
-  out << (shape.size() == 1 ? ",)" : ")");
-  return out.str();
-}
-
-std::string text(const Pair& pair) {
-  std::ostringstream out;
-  out << "(" << pair.first << ", " << pair.second << ")";
-  return out.str();
-}
-
-std::string text(int64_t value) {
-  return std::to_string(value);
-}
-
-template <typename Value>
-void require(
-    bool holds,
-    const std::string& tag,
-    const std::string& rule,
-    const Value& value) {
-  if (!holds) {
-    throw std::invalid_argument(
-        "[" + tag + "] " + rule + "; got " + text(value));
-  }
-}
 
 void require_at_least(
     const std::string& tag,

@@ -2,6 +2,7 @@
 // which defines MLX_DEFORM_ISA (a namespace) and MLX_DEFORM_VECTOR_BYTES.
 // Everything here has internal linkage or lives in that namespace.
 
+#include "mlx_ops/cpu/lane_sums.h"
 #include "mlx_ops/cpu/storage.h"
 #include "mlx_ops/cpu/vector.h"
 #include "mlx_ops/multi_scale_deformable_attention/cpu_kernels.h"
@@ -363,38 +364,6 @@ void forward(
       for (int c = 0; c < p.D; ++c) {
         store_one(to + c, sums[int64_t(q) * p.D + c]);
       }
-    }
-  }
-}
-
-// The sums of four vectors' lanes, always in the same order.
-template <typename R>
-static inline void lane_sums(const Vector<R> (&v)[4], R (&sums)[4]) {
-  constexpr int width = VectorOf<R>::width;
-#if __has_builtin(__builtin_shufflevector)
-  if constexpr (width >= 4) {
-    typedef R Quad __attribute__((vector_size(4 * sizeof(R))));
-    Quad q[4];
-    for (int i = 0; i < 4; ++i) {
-      q[i] = __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3);
-      if constexpr (width == 8) {
-        q[i] += __builtin_shufflevector(v[i], v[i], 4, 5, 6, 7);
-      }
-    }
-    const Quad ab = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) +
-        __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-    const Quad cd = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) +
-        __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    const Quad all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
-        __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    __builtin_memcpy(&sums, &all, sizeof(sums));
-    return;
-  }
-#endif
-  for (int i = 0; i < 4; ++i) {
-    sums[i] = v[i][0];
-    for (int j = 1; j < width; ++j) {
-      sums[i] += v[i][j];
     }
   }
 }

@@ -19,36 +19,9 @@ namespace {
 
 const std::string tag = "multi_scale_deformable_attention";
 
-template <typename List>
-std::string tuple(const List& list) {
-  std::ostringstream out;
-  out << "(";
-  for (size_t i = 0; i < list.size(); ++i) {
-    out << (i ? ", " : "") << list[i];
-  }
-  out << (list.size() == 1 ? ",)" : ")");
-  return out.str();
-}
-
-std::string text(const std::string& word) {
-  return word;
-}
-std::string text(int64_t number) {
-  return std::to_string(number);
-}
-std::string text(const std::vector<int>& numbers) {
-  return tuple(numbers);
-}
-std::string text(const mx::Shape& shape) {
-  return "shape " + tuple(shape);
-}
-
 template <typename Value>
 void require(bool holds, const std::string& rule, const Value& value) {
-  if (!holds) {
-    throw std::invalid_argument(
-        "[" + tag + "] " + rule + "; got " + text(value));
-  }
+  mlx_deform::require(holds, tag, rule, value);
 }
 
 SamplingMethod to_method(const std::string& name) {
