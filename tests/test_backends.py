@@ -55,7 +55,7 @@ def run_tests(environment, files):
     # Several run side by side, each with one thread.
     common = {"MLX_DEFORM_TEST_DEVICE": "cpu", "MLX_DEFORM_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *files],
         cwd=TESTS,
         env={**os.environ, **common, **environment},
         capture_output=True,
