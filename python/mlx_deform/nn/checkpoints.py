@@ -26,7 +26,12 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 SHOWN = 8
 
 # Buffers of PyTorch's that hold no weights.
-IGNORED = ("num_batches_tracked", "relative_position_index")
+IGNORED = (
+    "num_batches_tracked",
+    "relative_position_index",
+    "n_points_scale",  # of RT-DETRv2's attention: 1 / points
+    "num_points_scale",  # of D-FINE's
+)
 
 Shape = tuple[int, ...]
 
@@ -260,6 +265,8 @@ def load_torch_weights(
       mps-deform-conv's ``ModulatedDeformConv2d`` (``weight``, ``bias``, ``offset_conv``), of
       BiRefNet's ``DeformableConv2d`` (``regular_conv``, ``offset_conv``, ``modulator_conv``;
       its layer has ``mask_scale=2``), and with ``mask=False`` of mmcv's ``DeformConv2dPack``;
+    * :class:`mlx_deform.nn.MultiScaleDeformableAttention` takes those of the modules of the
+      official code, of mmcv and of transformers, which all name them as it does;
     * the convolutions of :mod:`mlx.nn`, also the transposed ones, take theirs;
     * any other array is copied as it is; linear, embedding and normalisation layers need no
       more. Buffers that hold no weights, such as ``num_batches_tracked``, are left out.
@@ -298,9 +305,9 @@ def load_torch_weights(
         ... )
 
     References:
-        The layers of torchvision (``torchvision.ops``), mmcv (``mmcv.ops``), mps-deform-conv
-        and BiRefNet (Zheng et al., "Bilateral Reference for High-Resolution Dichotomous Image
-        Segmentation", arXiv:2401.03407).
+        The layers of torchvision (``torchvision.ops``), mmcv (``mmcv.ops``), mps-deform-conv,
+        transformers, Deformable DETR (``models/ops``) and BiRefNet (Zheng et al., "Bilateral
+        Reference for High-Resolution Dichotomous Image Segmentation", arXiv:2401.03407).
     """
     checkpoint = _Checkpoint(read_checkpoint(weights), prefix)
     loaded: list[tuple[str, mx.array]] = []
