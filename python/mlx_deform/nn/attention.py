@@ -309,6 +309,5 @@ class MultiScaleDeformableAttention(nn.Module):
 
     def _check_mask(self, mask: mx.array, value: mx.array) -> None:
         self._require(mask.dtype == mx.bool_, "mask", "be boolean", mask.dtype)
-        self._require(
-            mask.shape == value.shape[:2], "mask", f"have shape {value.shape[:2]}", mask.shape
-        )
+        shape = value.shape[:2]
+        self._require(mask.shape == shape, "mask", f"have shape {shape}", f"shape {mask.shape}")
