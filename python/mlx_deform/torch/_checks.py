@@ -18,8 +18,8 @@ class InvalidArgument(RuntimeError, ValueError):
     """
 
 
-def refuse(rule: str, value: object) -> NoReturn:
-    raise InvalidArgument(f"[deform_conv2d] {rule}; got {value}")
+def refuse(rule: str, value: object, operator: str = "deform_conv2d") -> NoReturn:
+    raise InvalidArgument(f"[{operator}] {rule}; got {value}")
 
 
 def pair(name: str, value: int | Pair, least: int) -> Pair:

@@ -1,17 +1,6 @@
-"""The torch operators: their schemas, what they compute, and the shapes of what they return.
+"""The operators of deform_conv2d: schemas, what they compute, the shapes of what they return.
 
-With f = deform_conv2d as a function of x = (input, offset, weight, bias, mask), a cotangent u
-of its output and tangents t of x, there are three:
-
-=================================  =========================================================
-``deform_conv2d``                  f(x)
-``deform_conv2d_backward``         u f'(x), a gradient for each of x
-``deform_conv2d_double_backward``  of <u, f'(x) t>, the gradients in u, that is f'(x) t, and
-                                   in each of x
-=================================  =========================================================
-
-The third is the backward of the second, and the Jacobian-vector product of the first. Each
-computes and returns only what is ``wanted``.
+The function is that of x = (input, offset, weight, bias, mask); see `_functions`.
 """
 
 from collections.abc import Sequence
@@ -24,11 +13,12 @@ import mlx_deform
 
 from . import _bridge
 from ._checks import output_shape, refuse
+from ._functions import check_like, library, only, partial, register
 from ._layout import channels_first, channels_last, is_channels_last
 
+NAME = "deform_conv2d"
 ARGUMENTS = ("input", "offset", "weight", "bias", "mask")
 
-library = torch.library.Library("mlx_deform", "DEF")
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] dilation"
 library.define(
     "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
@@ -48,36 +38,8 @@ backward = torch.ops.mlx_deform.deform_conv2d_backward.default
 double_backward = torch.ops.mlx_deform.deform_conv2d_double_backward.default
 
 
-def only(wanted: Sequence[bool], values: Sequence) -> list:
-    """The wanted ones of the values."""
-    return [value for value, is_wanted in zip(values, wanted, strict=True) if is_wanted]
-
-
-def spread(wanted: Sequence[bool], values: Sequence) -> tuple:
-    """The inverse of ``only``: None where nothing was wanted."""
-    rest = iter(values)
-    return tuple(next(rest) if is_wanted else None for is_wanted in wanted)
-
-
 # ---------------------------------------------------------------------------
 # On MLX's arrays, channels last
-
-
-def _partial(function, arguments, chosen):
-    """``function`` as one of the chosen arguments alone, and these."""
-
-    def partial(*values):
-        replaced = spread(chosen, values)
-        return [
-            function(
-                *(
-                    argument if value is None else value
-                    for argument, value in zip(arguments, replaced, strict=True)
-                )
-            )
-        ]
-
-    return partial, only(chosen, arguments)
 
 
 def _convolution(stride, padding, dilation):
@@ -96,7 +58,7 @@ def _mlx_backward(geometry, wanted):
         # The output is linear in the bias: its values matter to no gradient.
         bias = mx.zeros(weight.shape[0], weight.dtype) if wanted[3] else None
         arguments = (input, offset, weight, bias, mask)
-        return mx.vjp(*_partial(convolution, arguments, wanted), [grad])[1]
+        return mx.vjp(*partial(convolution, arguments, wanted), [grad])[1]
 
     return gradients
 
@@ -113,7 +75,7 @@ def _mlx_double_backward(geometry, wanted):
         def along(input, offset, weight, mask):  # f'(x) t
             arguments = (input, offset, weight, None, mask)
             chosen = (*given[:3], False, given[3])
-            function, primals = _partial(convolution, arguments, chosen)
+            function, primals = partial(convolution, arguments, chosen)
             if primals:
                 out = mx.jvp(function, primals, only(given, tangents))[1][0]
                 return out if t_bias is None else out + t_bias
@@ -124,7 +86,7 @@ def _mlx_double_backward(geometry, wanted):
         if wants_grad:
             results.append(along(*primals))
         if any(wanted_primals):
-            results += mx.vjp(*_partial(along, primals, wanted_primals), [grad])[1]
+            results += mx.vjp(*partial(along, primals, wanted_primals), [grad])[1]
         return results
 
     return gradients
@@ -159,16 +121,6 @@ def _like(tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     return tensor.new_empty(shape)
 
 
-def _check_shape(name: str, tensor: Tensor, like: Tensor, shape: Sequence[int]) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        refuse(f"{name} must have shape {tuple(shape)}", f"shape {tuple(tensor.shape)}")
-    if tensor.dtype != like.dtype or tensor.device != like.device:
-        refuse(
-            f"{name} must have type {like.dtype} and be on {like.device}",
-            f"{tensor.dtype} on {tensor.device}",
-        )
-
-
 def _forward_fake(input, offset, weight, bias, mask, *geometry):
     return _like(input, output_shape(input, offset, weight, bias, mask, *geometry))
 
@@ -189,7 +141,7 @@ def _check_backward(grad, input, offset, weight, mask, geometry, wanted):
     """The shape of the output."""
     shape = output_shape(input, offset, weight, None, mask, *geometry)
     if grad is not None:
-        _check_shape("grad", grad, input, shape)
+        check_like(NAME, "grad", grad, input, shape)
     if wanted[-1] and mask is None:
         refuse("mask must be given where its gradient is wanted", mask)
     return shape
@@ -226,7 +178,7 @@ def _check_double_backward(grad, input, offset, weight, mask, tangents, geometry
         if tangent is not None:
             if like is None:
                 refuse("mask must be given where its tangent is", like)
-            _check_shape(f"t_{name}", tangent, like, like.shape)
+            check_like(NAME, f"t_{name}", tangent, like, like.shape)
     return shape
 
 
@@ -252,11 +204,6 @@ def _double_backward(grad, input, offset, weight, mask, *rest):
     )
 
 
-for _name, _kernel, _fake in (
-    ("deform_conv2d", _forward, _forward_fake),
-    ("deform_conv2d_backward", _backward, _backward_fake),
-    ("deform_conv2d_double_backward", _double_backward, _double_backward_fake),
-):
-    for _device in _bridge.DEVICES:
-        library.impl(_name, _kernel, _device.upper())
-    torch.library.register_fake(f"mlx_deform::{_name}", _fake, lib=library)
+register(NAME, _forward, _forward_fake)
+register(f"{NAME}_backward", _backward, _backward_fake)
+register(f"{NAME}_double_backward", _double_backward, _double_backward_fake)
