@@ -372,13 +372,12 @@ def suspects(rows):
 
 
 def report(rows, device):
-    info = mx.device_info(device) if device == mx.gpu else {"device_name": platform.processor()}
     failed = [row for row in rows if not row.passed]
     lines = [
         "---- paste this into an issue",
         f"mlx_deform {mlx_deform.__version__}, mlx {importlib.metadata.version('mlx')}, Python"
         f" {platform.python_version()}, {platform.platform()}",
-        f"ran on {where_it_ran(device)}: {info}",
+        f"ran on {where_it_ran(device)}: {mx.device_info(device)}",
         f"{len(rows) - len(failed)} of {len(rows)} rows passed",
     ]
     if failed:

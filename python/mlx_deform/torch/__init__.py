@@ -6,6 +6,7 @@ A drop-in for torchvision's and mps-deform-conv's, and for mmcv's and transforme
 """
 
 from . import _transforms  # noqa: F401  (registers itself)
+from ._attention import MMCVMultiScaleDeformableAttention
 from ._checks import InvalidArgument
 from ._functional import deform_conv2d, is_available
 from ._modules import DeformConv2d, ModulatedDeformConv2d
@@ -20,6 +21,7 @@ from ._transformers import patch_transformers
 __all__ = [
     "DeformConv2d",
     "InvalidArgument",
+    "MMCVMultiScaleDeformableAttention",
     "ModulatedDeformConv2d",
     "MultiScaleDeformableAttention",
     "MultiScaleDeformableAttnFunction",
