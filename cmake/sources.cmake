@@ -82,6 +82,7 @@ set(MLX_DEFORM_BINDING_SOURCES
     python/src/module.cpp
     python/src/deform_conv2d.cpp
     python/src/deform_im2col.cpp
+    python/src/geometry.cpp
     python/src/deform_conv2d_dispatch.cpp
     python/src/memory.cpp
     python/src/multi_scale_deformable_attention.cpp

@@ -1,4 +1,4 @@
-#include "python/src/ops.h"
+#include "python/src/geometry.h"
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>

@@ -1,11 +1,10 @@
 // Private functions of mlx_deform.torch, on memory of another library's: as an
 // MLX array with no copy, and transposed.
 
-#include "python/src/ops.h"
-
 #include <functional>
 #include <numeric>
 
+#include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
 #include "mlx/allocator.h"
@@ -13,6 +12,7 @@
 #include "mlx_ops/cpu/transpose.h"
 
 namespace mx = mlx::core;
+namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {

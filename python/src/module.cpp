@@ -1,43 +1,21 @@
-#include "python/src/ops.h"
-
-#include <sstream>
-#include <stdexcept>
+#include <nanobind/nanobind.h>
 
 #include "mlx_ops/portable.h"
 
-mlx_deform::Pair to_pair(
-    const std::string& tag,
-    const std::string& name,
-    const IntOrPair& value) {
-  if (const int* both = std::get_if<int>(&value)) {
-    return {*both, *both};
-  }
-  const auto& list = std::get<std::vector<int>>(value);
-  if (list.size() != 2) {
-    std::ostringstream message;
-    message << "[" << tag << "] " << name
-            << " must be an int or a pair of ints, (rows, columns); got (";
-    for (size_t i = 0; i < list.size(); ++i) {
-      message << (i ? ", " : "") << list[i];
-    }
-    message << (list.size() == 1 ? ",)" : ")");
-    throw std::invalid_argument(message.str());
-  }
-  return {list[0], list[1]};
-}
-
-mlx_deform::Geometry to_geometry(
-    const std::string& tag,
-    const IntOrPair& stride,
-    const IntOrPair& padding,
-    const IntOrPair& dilation) {
-  return {
-      to_pair(tag, "stride", stride),
-      to_pair(tag, "padding", padding),
-      to_pair(tag, "dilation", dilation)};
-}
-
+namespace nb = nanobind;
 using namespace nb::literals;
+
+// One function per op, each in a file of its name.
+void init_deform_conv2d(nb::module_& m);
+void init_deform_im2col(nb::module_& m);
+void init_multi_scale_deformable_attention(nb::module_& m);
+
+// A private function of mlx_deform.torch: memory of another library's.
+void init_memory(nb::module_& m);
+
+// Private functions for tests: the GPU's dispatch plans.
+void init_deform_conv2d_dispatch(nb::module_& m);
+void init_msda_dispatch(nb::module_& m);
 
 NB_MODULE(_ext, m) {
   m.doc() = "Deformable sampling for MLX: the compiled ops.";

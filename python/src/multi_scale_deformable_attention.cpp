@@ -1,5 +1,4 @@
-#include "python/src/ops.h"
-
+#include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
@@ -8,6 +7,7 @@
 #include "mlx_ops/multi_scale_deformable_attention/op.h"
 
 namespace mx = mlx::core;
+namespace nb = nanobind;
 using namespace nb::literals;
 
 void init_multi_scale_deformable_attention(nb::module_& m) {

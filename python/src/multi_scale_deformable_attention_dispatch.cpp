@@ -13,8 +13,8 @@
 #include "mlx_ops/gpu/run.h"
 #include "mlx_ops/multi_scale_deformable_attention/dispatch.h"
 #include "python/src/launch_dicts.h"
-#include "python/src/ops.h"
 
+namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
