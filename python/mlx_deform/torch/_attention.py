@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._msda import multi_scale_deformable_attention, refuse
+from ._checks import refuse
+from ._msda import NAME, multi_scale_deformable_attention
 
 
 class MMCVMultiScaleDeformableAttention(nn.Module):
@@ -45,7 +46,7 @@ class MMCVMultiScaleDeformableAttention(nn.Module):
         super().__init__()
         value_dims = int(embed_dims * value_proj_ratio)
         if embed_dims % num_heads or value_dims % num_heads:
-            refuse("num_heads must divide embed_dims and the value's channels", num_heads)
+            refuse("num_heads must divide embed_dims and the value's channels", num_heads, NAME)
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.num_levels = num_levels
@@ -111,7 +112,7 @@ class MMCVMultiScaleDeformableAttention(nn.Module):
             ("spatial_shapes", spatial_shapes),
         ):
             if given is None:
-                refuse(f"{name} must be given", None)
+                refuse(f"{name} must be given", None, NAME)
         value = query if value is None else value
         identity = query if identity is None else identity
         if query_pos is not None:
@@ -133,7 +134,7 @@ class MMCVMultiScaleDeformableAttention(nn.Module):
         elif reference_points.shape[-1] == 4:
             locations = around[..., :2] + offsets / self.num_points * around[..., 2:] * 0.5
         else:
-            refuse("reference_points must have 2 or 4 numbers", reference_points.shape[-1])
+            refuse("reference_points must have 2 or 4 numbers", reference_points.shape[-1], NAME)
         out = multi_scale_deformable_attention(value, spatial_shapes, locations, weights)
         out = self.output_proj(out)
         return self.dropout(out if self.batch_first else out.transpose(0, 1)) + identity

@@ -3,11 +3,11 @@
 With a function f of tensors x, a cotangent u of its output and tangents t of x, there are three
 operators:
 
-========================  ====================================================================
-``<name>``                f(x)
-``<name>_backward``       u f'(x), a gradient for each of x
+==========================  ==================================================================
+``<name>``                  f(x)
+``<name>_backward``         u f'(x), a gradient for each of x
 ``<name>_double_backward``  of <u, f'(x) t>, the gradients in u, that is f'(x) t, and in each of x
-========================  ====================================================================
+==========================  ==================================================================
 
 The third is the backward of the second, and the Jacobian-vector product of the first. Each
 computes and returns only what is ``wanted``, the last of its arguments.

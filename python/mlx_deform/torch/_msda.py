@@ -1,20 +1,18 @@
-"""The operators of multi_scale_deformable_attention, and the functions that users call.
+"""multi_scale_deformable_attention: its operators, and the ways that others call it.
 
-The operators' function is that of x = (value, locations, weights); see `_functions`. Levels and
-points share one axis there, K samples in all, and the shapes of the levels lie flat.
+The function is that of x = (value, locations, weights); see `_functions`. The sizes of the levels
+travel as one list, H and W in turn, which torch.compile may keep symbolic.
 """
 
 from collections.abc import Sequence
 
 import mlx.core as mx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import mlx_deform
 
-from . import _bridge
-from ._bridge import DEVICES, DTYPES
-from ._checks import refuse as _refuse
+from . import _bridge, _checks
 from ._functions import (
     check_like,
     fold,
@@ -30,60 +28,136 @@ NAME = "multi_scale_deformable_attention"
 ARGUMENTS = ("value", "sampling_locations", "attention_weights")
 METHODS = ("bilinear", "discrete")
 
-_X = "Tensor value, Tensor locations, Tensor weights"
-_TANGENTS = "Tensor? t_value, Tensor? t_locations, Tensor? t_weights"
-_SETTINGS = "SymInt[] shapes, SymInt[] points, bool discrete"
-library.define(f"{NAME}({_X}, {_SETTINGS}) -> Tensor")
-library.define(f"{NAME}_backward(Tensor grad, {_X}, {_SETTINGS}, bool[3] wanted) -> Tensor[]")
+_PRIMALS = "Tensor value, Tensor sampling_locations, Tensor attention_weights"
+_TANGENTS = "Tensor? t_value, Tensor? t_sampling_locations, Tensor? t_attention_weights"
+_SETTINGS = "SymInt[] sizes, int[]? points, str method"
+library.define(f"{NAME}({_PRIMALS}, {_SETTINGS}) -> Tensor")
+library.define(f"{NAME}_backward(Tensor grad, {_PRIMALS}, {_SETTINGS}, bool[3] wanted) -> Tensor[]")
 library.define(
-    f"{NAME}_double_backward(Tensor? grad, {_X}, {_TANGENTS}, {_SETTINGS}, bool[4] wanted)"
+    f"{NAME}_double_backward(Tensor? grad, {_PRIMALS}, {_TANGENTS}, {_SETTINGS}, bool[4] wanted)"
     " -> Tensor[]"
 )
-_forward_op = torch.ops.mlx_deform.multi_scale_deformable_attention.default
-_backward_op = torch.ops.mlx_deform.multi_scale_deformable_attention_backward.default
-_double_backward_op = torch.ops.mlx_deform.multi_scale_deformable_attention_double_backward.default
+attention, backward, double_backward = (
+    getattr(torch.ops.mlx_deform, name).default
+    for name in (NAME, f"{NAME}_backward", f"{NAME}_double_backward")
+)
 
 
-def refuse(rule: str, value: object):
-    _refuse(rule, value, NAME)
+def _refuse(rule: str, value: object):
+    _checks.refuse(rule, value, NAME)
+
+
+# ---------------------------------------------------------------------------
+# What the operators accept
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
+
+
+def _check_levels(sizes: Sequence[int], value: Tensor) -> int:
+    """The number of levels."""
+    if len(sizes) == 0 or len(sizes) % 2 != 0:
+        _refuse("spatial_shapes must hold a pair (H, W) for at least one level", tuple(sizes))
+    pixels = 0
+    for H, W in zip(sizes[::2], sizes[1::2], strict=True):
+        if H < 1 or W < 1:
+            _refuse("spatial_shapes must hold pairs (H, W) of at least 1", (H, W))
+        pixels += H * W
+    if value.shape[1] != pixels:
+        _refuse(
+            f"the second axis of value must hold the pixels of all levels, {pixels} by "
+            "spatial_shapes",
+            _shape(value),
+        )
+    return len(sizes) // 2
+
+
+def output_shape(value, locations, weights, sizes, points, method) -> tuple[int, int, int]:
+    """(N, Q, M * D), after the checks."""
+    for name, tensor in zip(ARGUMENTS, (value, locations, weights), strict=True):
+        if tensor.dtype not in _bridge.DTYPES:
+            _refuse(f"{name} must be float16, bfloat16, float32 or float64", tensor.dtype)
+        if tensor.device != value.device:
+            _refuse(f"{name} must be on the device of value, {value.device}", tensor.device)
+    if method not in METHODS:
+        _refuse('method must be "bilinear" or "discrete"', repr(method))
+    if value.dim() != 4:
+        _refuse("value must have 4 axes, (N, S, M, D)", _shape(value))
+    N, S, M, D = value.shape
+    if S == 0 or M == 0 or D == 0:
+        _refuse("value must have no empty axis but the batch", _shape(value))
+    L = _check_levels(sizes, value)
+
+    if points is None:
+        if locations.dim() != 6:
+            _refuse(
+                "sampling_locations must have 6 axes, (N, Q, M, L, P, 2), or with points 5",
+                _shape(locations),
+            )
+        Q, P = locations.shape[1], locations.shape[4]
+        if P == 0 or tuple(locations.shape) != (N, Q, M, L, P, 2):
+            _refuse(
+                "sampling_locations must have shape (N, Q, M, L, P, 2), "
+                f"({N}, Q, {M}, {L}, P, 2) with P at least 1",
+                _shape(locations),
+            )
+    else:
+        if len(points) != L:
+            _refuse(f"points must have an entry for each of the {L} levels", tuple(points))
+        if any(count < 1 for count in points):
+            _refuse("points must be at least 1", tuple(points))
+        Q, K = locations.shape[1] if locations.dim() > 1 else 0, sum(points)
+        if tuple(locations.shape) != (N, Q, M, K, 2):
+            _refuse(
+                "sampling_locations must have shape (N, Q, M, sum of points, 2), "
+                f"({N}, Q, {M}, {K}, 2)",
+                _shape(locations),
+            )
+    if weights.shape != locations.shape[:-1]:
+        _refuse(
+            f"attention_weights must have shape {tuple(locations.shape[:-1])}, that of "
+            "sampling_locations without the last axis",
+            _shape(weights),
+        )
+    return N, Q, M * D
 
 
 # ---------------------------------------------------------------------------
 # On MLX's arrays
 
 
-def _attention(shapes, points, discrete):
-    levels = list(zip(shapes[::2], shapes[1::2], strict=True))
+def _mlx_attention(sizes, points, method):
+    shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
 
-    def attention(value, locations, weights):
+    def function(value, locations, weights):
         return mlx_deform.multi_scale_deformable_attention(
-            value, levels, locations, weights, points=list(points), method=METHODS[discrete]
+            value, shapes, locations, weights, points=points, method=method
         )
 
-    return attention
+    return function
 
 
 def _mlx_backward(settings, wanted):
-    attention = _attention(*settings)
+    function = _mlx_attention(*settings)
 
     def gradients(grad, *primals):
-        return mx.vjp(*partial(attention, primals, wanted), [grad])[1]
+        return mx.vjp(*partial(function, primals, wanted), [grad])[1]
 
     return gradients
 
 
 def _mlx_double_backward(settings, wanted):
-    attention = _attention(*settings)
+    function = _mlx_attention(*settings)
     wants_grad, *wanted_primals = wanted
 
-    def gradients(grad, *arguments):
-        primals, tangents = arguments[:3], arguments[3:]
+    def gradients(grad, value, locations, weights, *tangents):
         given = [tangent is not None for tangent in tangents]
 
-        def along(*at):  # f'(x) t
-            function, varied = partial(attention, at, given)
-            return mx.jvp(function, varied, only(given, tangents))[1][0]
+        def along(*primals):  # f'(x) t
+            return mx.jvp(*partial(function, primals, given), only(given, tangents))[1][0]
 
+        primals = (value, locations, weights)
         results = [along(*primals)] if wants_grad else []
         if any(wanted_primals):
             results += mx.vjp(*partial(along, primals, wanted_primals), [grad])[1]
@@ -96,133 +170,81 @@ def _mlx_double_backward(settings, wanted):
 # On tensors
 
 
-def _check(value, locations, weights, shapes, points, discrete) -> tuple[int, int, int]:
-    """The shape of the output, (N, Q, M * D)."""
-    if value.dtype not in DTYPES:
-        refuse("value must be float16, bfloat16, float32 or float64", value.dtype)
-    for name, tensor in zip(ARGUMENTS[1:], (locations, weights), strict=True):
-        if tensor.device != value.device:
-            refuse(f"{name} must be on the device of value, {value.device}", tensor.device)
-        if tensor.dtype not in (value.dtype, torch.float32):
-            refuse(
-                f"{name} must have the type of value, {value.dtype}, or torch.float32",
-                tensor.dtype,
-            )
-    if value.dim() != 4:
-        refuse("value must have 4 axes, (N, S, M, D)", f"shape {tuple(value.shape)}")
-    N, S, M, D = value.shape
-    if len(shapes) == 0 or len(shapes) != 2 * len(points):
-        refuse("spatial_shapes must have a pair (H, W) for each level", list(shapes))
-    if any(size < 1 for size in shapes) or any(count < 1 for count in points):
-        refuse("levels must have pixels and points", (list(shapes), list(points)))
-    pixels = sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True))
-    if pixels != S:
-        refuse(f"value must have a row for each of the {pixels} pixels of all levels", S)
-    K = sum(points)
-    if locations.dim() != 5 or tuple(locations.shape) != (N, locations.shape[1], M, K, 2):
-        refuse(
-            f"sampling_locations must have shape ({N}, Q, {M}, {K}, 2), levels and points joined",
-            f"shape {tuple(locations.shape)}",
-        )
-    if tuple(weights.shape) != tuple(locations.shape[:4]):
-        refuse(
-            f"attention_weights must have shape {tuple(locations.shape[:4])}, levels and points "
-            "joined",
-            f"shape {tuple(weights.shape)}",
-        )
-    return N, locations.shape[1], M * D
-
-
 def _call(function, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     _bridge.check_process()
-    return _bridge.call(
-        function, [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
-    )
+    return _bridge.call(function, [None if x is None else x.contiguous() for x in tensors])
 
 
-def _empty(tensors: Sequence[Tensor | None]) -> bool:
-    return any(tensor is not None and tensor.numel() == 0 for tensor in tensors)
-
-
-def _forward_fake(value, *rest):
-    return value.new_empty(_check(value, *rest))
+def _forward_fake(value, locations, weights, *settings):
+    return value.new_empty(output_shape(value, locations, weights, *settings))
 
 
 def _forward(value, locations, weights, *settings):
-    shape = _check(value, locations, weights, *settings)
-    if _empty((value, locations)):
-        return value.new_zeros(shape)
-    attention = _attention(*settings)
-    return _call(lambda *x: [attention(*x)], (value, locations, weights))[0]
+    output = output_shape(value, locations, weights, *settings)
+    if 0 in output:
+        return value.new_empty(output)
+    function = _mlx_attention(*settings)
+    return _call(lambda *primals: [function(*primals)], (value, locations, weights))[0]
 
 
-def _check_grad(grad, primals, settings) -> tuple[int, int, int]:
-    shape = _check(*primals, *settings)
+def _check_backward(grad, primals, settings):
+    """The shape of the output."""
+    output = output_shape(*primals, *settings)
     if grad is not None:
-        check_like(NAME, "grad", grad, primals[0], shape)
-    return shape
+        check_like(NAME, "grad", grad, primals[0], output)
+    return output
 
 
 def _backward_fake(grad, value, locations, weights, *rest):
     *settings, wanted = rest
     primals = (value, locations, weights)
-    _check_grad(grad, primals, settings)
-    return [primal.new_empty(primal.shape) for primal in only(wanted, primals)]
+    _check_backward(grad, primals, settings)
+    return [x.new_empty(x.shape) for x in only(wanted, primals)]
 
 
 def _backward(grad, value, locations, weights, *rest):
     *settings, wanted = rest
     primals = (value, locations, weights)
-    _check_grad(grad, primals, settings)
-    if _empty(primals):
-        return [primal.new_zeros(primal.shape) for primal in only(wanted, primals)]
+    if 0 in _check_backward(grad, primals, settings):
+        return [x.new_zeros(x.shape) for x in only(wanted, primals)]
     return _call(_mlx_backward(settings, wanted), (grad, *primals))
 
 
-def _split(rest):
-    *tangents, shapes, points, discrete, wanted = rest
-    return tangents, (shapes, points, discrete), wanted
-
-
-def _check_tangents(grad, primals, rest) -> list[tuple[int, ...]]:
-    """The shapes of what is wanted."""
-    tangents, settings, wanted = _split(rest)
-    shape = _check_grad(grad, primals, settings)
+def _check_double_backward(grad, primals, tangents, settings, wanted):
+    """The shape of the output."""
+    output = _check_backward(grad, primals, settings)
     if grad is None and any(wanted[1:]):
-        refuse("grad must be given where gradients of the arguments are wanted", grad)
+        _refuse("grad must be given where gradients of the arguments are wanted", grad)
     if all(tangent is None for tangent in tangents):
-        refuse("one tangent must be given", None)
+        _refuse("one tangent must be given", None)
     for name, tangent, primal in zip(ARGUMENTS, tangents, primals, strict=True):
         if tangent is not None:
             check_like(NAME, f"t_{name}", tangent, primal, primal.shape)
-    return only(wanted, (shape, *(primal.shape for primal in primals)))
+    return output
 
 
-def _double_backward_fake(grad, value, locations, weights, *rest):
-    shapes = _check_tangents(grad, (value, locations, weights), rest)
-    likes = only(rest[-1], (value, value, locations, weights))
-    return [like.new_empty(shape) for like, shape in zip(likes, shapes, strict=True)]
+def _double_backward_fake(grad, *rest):
+    primals, tangents, (*settings, wanted) = rest[:3], rest[3:6], rest[6:]
+    output = _check_double_backward(grad, primals, tangents, settings, wanted)
+    results = [primals[0].new_empty(output)] * wanted[0]
+    return results + [x.new_empty(x.shape) for x in only(wanted[1:], primals)]
 
 
-def _double_backward(grad, value, locations, weights, *rest):
-    primals = (value, locations, weights)
-    _check_tangents(grad, primals, rest)
-    if _empty(primals):
-        fakes = _double_backward_fake(grad, *primals, *rest)
-        return [fake.zero_() for fake in fakes]
-    tangents, settings, wanted = _split(rest)
+def _double_backward(grad, *rest):
+    primals, tangents, (*settings, wanted) = rest[:3], rest[3:6], rest[6:]
+    if 0 in _check_double_backward(grad, primals, tangents, settings, wanted):
+        return [each.zero_() for each in _double_backward_fake(grad, *rest)]
     return _call(_mlx_double_backward(settings, wanted), (grad, *primals, *tangents))
 
 
 register(NAME, _forward, _forward_fake)
 register(f"{NAME}_backward", _backward, _backward_fake)
 register(f"{NAME}_double_backward", _double_backward, _double_backward_fake)
-register_derivatives(NAME, (True, True, True))
+register_derivatives(NAME, is_saved=[True, True, True])
 
 
+# vmap: every tensor starts with the batch, and no result is summed over it.
 def _vmap(operator):
-    """Everything has the batch first and no sums over it: vmap's axis joins it."""
-
     def rule(info, dims, *arguments):
         size = info.batch_size
         folded = [
@@ -232,155 +254,171 @@ def _vmap(operator):
         results = operator(*folded)
         if isinstance(results, Tensor):
             return unfold(results, size), 0
-        return [unfold(result, size) for result in results], [0] * len(results)
+        return [unfold(each, size) for each in results], [0] * len(results)
 
     return rule
 
 
-for _operator in (_forward_op, _backward_op, _double_backward_op):
+for _operator in (attention, backward, double_backward):
     torch.library.register_vmap(_operator, _vmap(_operator), lib=library)
-
-
-def _autocast(device: str):
-    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
-
-    def rule(value, locations, weights, *settings):
-        """The result has the type of value; sums and coordinates are float32 anyway."""
-
-        def plan(tensor):
-            kept = tensor.dtype in (value.dtype, torch.float32)
-            return tensor if kept else tensor.to(torch.float32)
-
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return _forward_op(value, plan(locations), plan(weights), *settings)
-
-    return rule
-
-
-for _device in DEVICES:
-    library.impl(NAME, _autocast(_device), f"Autocast{_device.upper()}")
 
 
 # ---------------------------------------------------------------------------
 # What users call
 
+SpatialShapes = Tensor | Sequence[Sequence[int]]
+
+
+def _sizes(spatial_shapes: SpatialShapes) -> list[int]:
+    """Of the levels, H and W in turn."""
+    if isinstance(spatial_shapes, Tensor):
+        if spatial_shapes.dim() != 2 or spatial_shapes.is_floating_point():
+            _refuse(
+                "spatial_shapes must hold integers and have 2 axes, (L, 2)",
+                f"{spatial_shapes.dtype} of {_shape(spatial_shapes)}",
+            )
+        spatial_shapes = spatial_shapes.tolist()
+    for pair in spatial_shapes:
+        if len(pair) != 2:
+            _refuse("spatial_shapes must hold pairs (H, W) of at least 1", tuple(pair))
+    return [size for pair in spatial_shapes for size in pair]
+
 
 def multi_scale_deformable_attention(
     value: Tensor,
-    spatial_shapes: Tensor | Sequence[Sequence[int]],
+    spatial_shapes: SpatialShapes,
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
     points: Sequence[int] | None = None,
     method: str = "bilinear",
 ) -> Tensor:
-    """Multi-scale deformable attention of PyTorch tensors by MLX.
+    """Multi-scale deformable attention of PyTorch tensors by MLX: the sampling core of
+    Deformable DETR and the models after it.
 
-    Each query and head sums samples of every level of a pyramid of maps. Tensors are on the CPU
-    or on MPS, whose memory MLX shares. All are differentiable, twice, in reverse and in forward
-    mode.
+    Every query sums, head by head, weighted samples of all the maps. Tensors are on the CPU or
+    on MPS, whose memory MLX shares. All of them are differentiable, twice, in reverse and in
+    forward mode.
 
     Args:
-        value (Tensor): The maps, flattened and joined, of shape ``(N, S, M, D)``: ``S`` pixels
-            of all levels, ``M`` heads of ``D`` channels.
-        spatial_shapes (Tensor or list): ``(H, W)`` of each level. A tensor is read by the host;
-            a list keeps ``torch.compile`` in one graph.
-        sampling_locations (Tensor): ``(x, y)`` of each sample in units of its map, of shape
-            ``(N, Q, M, L, P, 2)``; with ``points`` of shape ``(N, Q, M, sum(points), 2)``.
-        attention_weights (Tensor): The samples' weights, of the same shape without the 2.
-        points (list, optional): Samples of each level, where these differ.
-        method (str): ``"bilinear"``, or ``"discrete"`` as RT-DETRv2 and D-FINE define it.
+        value (Tensor): The maps, flattened and concatenated, of shape ``(N, S, M, D)``: ``M``
+            heads of ``D`` channels, ``S`` the sum of ``H * W`` over the levels.
+        spatial_shapes (list of pairs, or Tensor): ``(H, W)`` of each of the ``L`` levels. A
+            tensor ``(L, 2)`` is read, which on MPS waits for the GPU, and which
+            ``torch.compile`` cannot trace; a list costs nothing.
+        sampling_locations (Tensor): Where to sample, ``(x, y)`` in units of the map: (0, 0) is
+            the upper left corner of the first pixel, (1, 1) the lower right one of the last.
+            Of shape ``(N, Q, M, L, P, 2)``, or with ``points`` ``(N, Q, M, sum of points, 2)``.
+        attention_weights (Tensor): The weight of each sample, of the same shape without the
+            last axis. The softmax is yours.
+        points (list of int, optional): The number of samples on each level, where it differs
+            (RT-DETRv2, D-FINE).
+        method (str): ``"bilinear"``, with zeros outside the map, or ``"discrete"``, the pixel
+            of index ``trunc(location * size + 0.5)`` clamped to the map, without a gradient to
+            the location. Default: ``"bilinear"``.
 
     Returns:
-        Tensor: Of shape ``(N, Q, M * D)``, in the type of ``value``.
+        Tensor: The output of shape ``(N, Q, M * D)``, in the type of ``value``. The other two
+        may be of another floating type: coordinates and sums are float32 at least.
 
     Raises:
         InvalidArgument: A RuntimeError and a ValueError: if a shape, a size, a device or a type
-            doesn't fit. Locations and weights have the type of ``value`` or float32.
+            doesn't fit.
         TypeError: If an argument is not a tensor.
+
+    Third derivatives raise a NotImplementedError. MLX work of your own on the GPU, besides this
+    bridge, must wait for torch's: call ``torch.mps.synchronize()`` before it.
 
     Example:
         >>> import torch
         >>> from mlx_deform.torch import multi_scale_deformable_attention
-        >>> value, weights = torch.randn(1, 20, 8, 32), torch.rand(1, 5, 8, 2, 4)
-        >>> locations = torch.rand(1, 5, 8, 2, 4, 2)
-        >>> multi_scale_deformable_attention(value, [(4, 4), (2, 2)], locations, weights).shape
-        torch.Size([1, 5, 256])
+        >>> shapes = [(8, 12), (4, 6)]
+        >>> value = torch.randn(2, 8 * 12 + 4 * 6, 4, 16)
+        >>> locations = torch.rand(2, 10, 4, 2, 3, 2)
+        >>> weights = torch.rand(2, 10, 4, 2, 3)
+        >>> multi_scale_deformable_attention(value, shapes, locations, weights).shape
+        torch.Size([2, 10, 64])
 
     References:
-        Zhu et al., "Deformable DETR", arXiv:2010.04159.
+        Zhu et al., "Deformable DETR", arXiv:2010.04159; Lv et al., "RT-DETRv2",
+        arXiv:2407.17140.
     """
-    for name, tensor in zip(ARGUMENTS, (value, sampling_locations, attention_weights), strict=True):
+    tensors = (value, sampling_locations, attention_weights)
+    for name, tensor in zip(ARGUMENTS, tensors, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"[{NAME}] {name} must be a tensor; got {type(tensor).__name__}")
-    if method not in METHODS:
-        refuse('method must be "bilinear" or "discrete"', repr(method))
-    if isinstance(spatial_shapes, Tensor):
-        spatial_shapes = spatial_shapes.tolist()
-    shapes = []
-    for shape in spatial_shapes:
-        if len(shape) != 2:
-            refuse("spatial_shapes must have a pair (H, W) for each level", tuple(shape))
-        shapes += map(_integer, shape)
-    if points is None:
-        if sampling_locations.dim() != 6 or sampling_locations.shape[3] != len(spatial_shapes):
-            refuse(
-                "sampling_locations must have 6 axes, (N, Q, M, L, P, 2), or with points 5, with "
-                f"L = {len(spatial_shapes)}",
-                f"shape {tuple(sampling_locations.shape)}",
-            )
-        if attention_weights.dim() != 5:
-            refuse(
-                "attention_weights must have 5 axes, (N, Q, M, L, P), or with points 4",
-                f"shape {tuple(attention_weights.shape)}",
-            )
-        points = [sampling_locations.shape[4]] * len(spatial_shapes)
-        sampling_locations = sampling_locations.flatten(3, 4)
-        attention_weights = attention_weights.flatten(3, 4)
-    return _forward_op(
-        value, sampling_locations, attention_weights, shapes, list(points), method == "discrete"
-    )
+    points = None if points is None else list(points)
+    return attention(*tensors, _sizes(spatial_shapes), points, method)
 
 
-def _integer(size):
-    return size.item() if isinstance(size, Tensor) else size
+class MultiScaleDeformableAttention(torch.nn.Module):
+    """The layer of that name in transformers, and of its kernels: without parameters, called as
+    ``layer(value, value_spatial_shapes, value_spatial_shapes_list, level_start_index,
+    sampling_locations, attention_weights, im2col_step)``.
 
-
-class MultiScaleDeformableAttention(nn.Module):
-    """The attention's core with the arguments of transformers' layer of this name, and of the
-    CUDA kernels that it stands for. It has no parameters."""
+    The sizes are those of the list, or of the tensor where the list is ``None``. The levels lie
+    one after the other, so ``level_start_index`` is not read, and neither is ``im2col_step``.
+    """
 
     def forward(
         self,
         value: Tensor,
-        value_spatial_shapes: Tensor,
-        value_spatial_shapes_list: Sequence[Sequence[int]],
-        level_start_index: Tensor,
+        value_spatial_shapes: Tensor | None,
+        value_spatial_shapes_list: Sequence[Sequence[int]] | None,
+        level_start_index: Tensor | None,
         sampling_locations: Tensor,
         attention_weights: Tensor,
-        im2col_step: int,
+        im2col_step: int | None = None,
     ) -> Tensor:
-        """As :func:`multi_scale_deformable_attention`; the start of a level follows from the
-        shapes, and the step is for kernels that keep columns."""
+        shapes = value_spatial_shapes_list
         return multi_scale_deformable_attention(
-            value, value_spatial_shapes_list, sampling_locations, attention_weights
+            value,
+            value_spatial_shapes if shapes is None else shapes,
+            sampling_locations,
+            attention_weights,
         )
 
 
 class MultiScaleDeformableAttnFunction:
-    """``mmcv.ops.multi_scale_deform_attn.MultiScaleDeformableAttnFunction``, whose ``apply`` is
-    what code calls."""
+    """mmcv's, and Deformable DETR's ``MSDeformAttnFunction``: what is called by its ``apply``.
+
+    Example:
+        >>> import torch
+        >>> from mlx_deform.torch import MultiScaleDeformableAttnFunction
+        >>> value, shapes = torch.randn(1, 6, 2, 4), torch.tensor([[2, 3]])
+        >>> locations, weights = torch.rand(1, 5, 2, 1, 3, 2), torch.rand(1, 5, 2, 1, 3)
+        >>> start = torch.tensor([0])
+        >>> MultiScaleDeformableAttnFunction.apply(
+        ...     value, shapes, start, locations, weights, 64
+        ... ).shape
+        torch.Size([1, 5, 8])
+    """
 
     @staticmethod
     def apply(
         value: Tensor,
-        value_spatial_shapes: Tensor,
-        value_level_start_index: Tensor,
+        value_spatial_shapes: SpatialShapes,
+        value_level_start_index: Tensor | Sequence[int] | None,
         sampling_locations: Tensor,
         attention_weights: Tensor,
-        im2col_step: int = 64,
+        im2col_step: int | None = None,
     ) -> Tensor:
-        """As :func:`multi_scale_deformable_attention`."""
+        """The output of shape ``(N, Q, M * D)``; ``im2col_step`` is not read.
+
+        Raises:
+            InvalidArgument: Also if ``value_level_start_index`` doesn't say that the levels lie
+                one after the other.
+        """
+        sizes = _sizes(value_spatial_shapes)
+        if value_level_start_index is not None:
+            got = value_level_start_index
+            got = got.tolist() if isinstance(got, Tensor) else list(got)
+            starts = [0]
+            for H, W in zip(sizes[::2], sizes[1::2], strict=True):
+                starts.append(starts[-1] + H * W)
+            if got != starts[:-1]:
+                _refuse(f"value_level_start_index must be {tuple(starts[:-1])}", tuple(got))
+        shapes = list(zip(sizes[::2], sizes[1::2], strict=True))
         return multi_scale_deformable_attention(
-            value, value_spatial_shapes, sampling_locations, attention_weights
+            value, shapes, sampling_locations, attention_weights
         )

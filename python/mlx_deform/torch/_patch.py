@@ -9,8 +9,50 @@ from . import _ops
 from ._bridge import DEVICES
 
 _lock = threading.Lock()
-_patches = 0
-_library: torch.library.Library | None = None
+
+
+class Patch:
+    """Holds from when it is made until ``undo()``, as a context manager to the end of the block.
+    Patches of a kind may overlap: what they patch ends with the last of them."""
+
+    _holding = 0  # of this kind
+
+    def __init__(self):
+        kind = type(self)
+        with _lock:
+            if kind._holding == 0:
+                kind._start()
+            kind._holding += 1
+        self._active = True
+
+    @classmethod
+    def _start(cls) -> None:
+        raise NotImplementedError
+
+    @classmethod
+    def _end(cls) -> None:
+        raise NotImplementedError
+
+    def undo(self) -> None:
+        """Gives the original back, unless another patch still holds."""
+        kind = type(self)
+        with _lock:
+            if not self._active:
+                return
+            self._active = False
+            kind._holding -= 1
+            if kind._holding == 0:
+                kind._end()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.undo()
+
+
+# ---------------------------------------------------------------------------
+# torchvision
 
 
 def _deform_conv2d(
@@ -82,7 +124,7 @@ def _forget_kernels() -> None:
         operator.default._dispatch_cache.clear()
 
 
-class patch_torchvision:
+class patch_torchvision(Patch):
     """Lets MLX compute ``torchvision.ops.deform_conv2d`` of tensors on the CPU and on MPS.
 
     As a plain call it holds until :meth:`undo`, as a context manager to the end of the block.
@@ -108,30 +150,15 @@ class patch_torchvision:
         ...     y = layer(x, offset)
     """
 
-    def __init__(self):
-        global _patches, _library
-        self._active = True
-        with _lock:
-            if _patches == 0:
-                _library = _override()
-                _forget_kernels()
-            _patches += 1
+    _library: torch.library.Library | None = None
 
-    def undo(self) -> None:
-        """Gives torchvision its own kernels back, unless another patch still holds."""
-        global _patches, _library
-        with _lock:
-            if not self._active:
-                return
-            self._active = False
-            _patches -= 1
-            if _patches == 0:
-                _library._destroy()
-                _forget_kernels()
-                _library = None
+    @classmethod
+    def _start(cls) -> None:
+        cls._library = _override()
+        _forget_kernels()
 
-    def __enter__(self) -> "patch_torchvision":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.undo()
+    @classmethod
+    def _end(cls) -> None:
+        cls._library._destroy()
+        _forget_kernels()
+        cls._library = None
