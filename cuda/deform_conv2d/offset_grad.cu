@@ -14,13 +14,6 @@ namespace mlx_deform {
 
 using LaunchParams = DeformConv2dParams;
 
-__device__ inline float weighted_sum(
-    CornerWeights<float> weights,
-    CornerWeights<float> sums) {
-  return weights.w[0] * sums.w[0] + weights.w[1] * sums.w[1] +
-      weights.w[2] * sums.w[2] + weights.w[3] * sums.w[3];
-}
-
 // Samples are numbered in the order of the columns; a block takes blockDim.x /
 // segment_lanes of them. The outputs hold the launch's pixels alone: row
 // 0 is that of params.pixel_begin.

@@ -103,16 +103,17 @@ __device__ inline void msda_grad_samples(
       if (!is_discrete && cell.inside) {
         const float scale = weights[sample];
         grad_x = scale * float(level.W) *
-            combine(slope_weights_x<float>(cell), sums);
+            weighted_sum(slope_weights_x<float>(cell), sums);
         grad_y = scale * float(level.H) *
-            combine(slope_weights_y<float>(cell), sums);
+            weighted_sum(slope_weights_y<float>(cell), sums);
       }
       grad_locations[2 * sample] = grad_x;
       grad_locations[2 * sample + 1] = grad_y;
     }
     if constexpr (wants_weights) {
-      grad_weights[sample] =
-          cell.inside ? combine(value_weights<float>(cell), sums) : outside;
+      grad_weights[sample] = cell.inside
+          ? weighted_sum(value_weights<float>(cell), sums)
+          : outside;
     }
   }
 }

@@ -16,13 +16,6 @@
 
 using namespace mlx_deform;
 
-inline float weighted_sum(
-    CornerWeights<float> weights,
-    CornerWeights<float> sums) {
-  return weights.w[0] * sums.w[0] + weights.w[1] * sums.w[1] +
-      weights.w[2] * sums.w[2] + weights.w[3] * sums.w[3];
-}
-
 // Samples are numbered in the order of the columns; a threadgroup takes
 // group_size.x / segment_lanes of them.
 template <typename T, int V, typename Index>

@@ -121,6 +121,14 @@ interpolate(CornerWeights<float> weights, Corners<V> pixels, float scale) {
   return out;
 }
 
+// One combination of four corners that were summed over channels.
+MLX_DEFORM_FN float weighted_sum(
+    CornerWeights<float> weights,
+    CornerWeights<float> sums) {
+  return weights.w[0] * sums.w[0] + weights.w[1] * sums.w[1] +
+      weights.w[2] * sums.w[2] + weights.w[3] * sums.w[3];
+}
+
 template <typename Index>
 MLX_DEFORM_FN Index column_index(
     SampleId<Index> id,

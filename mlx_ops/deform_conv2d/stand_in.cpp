@@ -1,5 +1,6 @@
 // The op's GPU kernels as plain functions, pixel by pixel.
 
+#include "mlx_ops/stand_in/numbers.h"
 #include "mlx_ops/stand_in/registry.h"
 
 #include <algorithm>
@@ -59,14 +60,6 @@ void for_each_sample(const DeformConv2dParams& p, const F& f) {
       f(pixel, tap);
     }
   }
-}
-
-// Numbers of type R from an array of type T.
-template <typename T, typename R>
-std::vector<R> numbers(const mx::array& x) {
-  std::vector<R> out(x.size());
-  cpu::tile_kernels<T, R>().to_compute(x.data<T>(), out.data(), x.size());
-  return out;
 }
 
 void im2col(

@@ -123,12 +123,4 @@ MLX_DEFORM_FN Corners<V> load_head_corners(
   return out;
 }
 
-// One combination of four corners that were summed over channels.
-MLX_DEFORM_FN float combine(
-    CornerWeights<float> weights,
-    CornerWeights<float> sums) {
-  return weights.w[0] * sums.w[0] + weights.w[1] * sums.w[1] +
-      weights.w[2] * sums.w[2] + weights.w[3] * sums.w[3];
-}
-
 } // namespace mlx_deform

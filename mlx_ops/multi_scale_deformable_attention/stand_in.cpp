@@ -6,19 +6,12 @@
 
 #include "mlx_ops/cpu/tile_kernels.h"
 #include "mlx_ops/cpu/types.h"
+#include "mlx_ops/stand_in/numbers.h"
 #include "mlx_ops/stand_in/registry.h"
 
 namespace mlx_deform::stand_in {
 
 namespace {
-
-// Numbers of type R from an array of type T.
-template <typename T, typename R>
-std::vector<R> numbers(const mx::array& x) {
-  std::vector<R> out(x.size());
-  cpu::tile_kernels<T, R>().to_compute(x.data<T>(), out.data(), x.size());
-  return out;
-}
 
 void forward(
     const gpu::Launch&,
