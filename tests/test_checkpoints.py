@@ -166,6 +166,22 @@ def test_the_older_name_of_mmcvs_convolution():
     assert_same_output(layer, module, image(12))
 
 
+def test_the_offset_convolution_beside_the_layer():
+    """detectron2's names, and those of detectors before mmcv: conv2_offset.weight for conv2."""
+    module = randomized(MmcvModulatedDeformConv2dPack(12, 8, *GEOMETRY))
+    beside = {
+        f"conv2.{name}".replace("conv2.conv_offset", "conv2_offset"): array
+        for name, array in state_of(module).items()
+    }
+    block = nn.Module()
+    block.conv2 = ModulatedDeformConv2d(12, 8, *GEOMETRY)
+    load_torch_weights(block, beside)
+    assert_same_output(block.conv2, module, image(12))
+    under = {f"layer4.{name}": array for name, array in beside.items()}
+    alone = load_torch_weights(ModulatedDeformConv2d(12, 8, *GEOMETRY), under, "layer4.conv2")
+    assert_same_output(alone, module, image(12))
+
+
 class Decoder(nn.Module):
     """A model with what stands around deformable layers; `twin` is PyTorch's of the same names."""
 

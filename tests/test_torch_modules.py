@@ -104,3 +104,53 @@ def test_printed():
     text = str(bridge.DeformConv2d(6, 4, 3, padding=1, offset_groups=2, bias=False))
     assert "6, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)" in text
     assert "offset_groups=2, bias=False" in text
+
+
+# ---------------------------------------------------------------------------
+# TorchScript
+
+
+def convolve_pair(input: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return bridge.deform_conv2d(input, offset, weight, stride=(2, 1), padding=(1, 2))
+
+
+def convolve_int(
+    input: torch.Tensor, offset: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    return bridge.deform_conv2d(input, offset, weight, None, 2, padding=1, mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated")
+def test_scripted_functions(tmp_path):
+    x = torch.randn(2, 6, 9, 8, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, dtype=DTYPE, device=DEVICE)
+    offset = torch.randn(2, 18, 5, 10, dtype=DTYPE, device=DEVICE)
+    scripted = torch.jit.script(convolve_pair)
+    want = torchvision.ops.deform_conv2d(
+        x.cpu(), offset.cpu(), weight.cpu(), stride=(2, 1), padding=(1, 2)
+    )
+    scripted.save(tmp_path / "function.pt")
+    for function in (scripted, torch.jit.load(tmp_path / "function.pt")):
+        got = function(x, offset, weight)
+        assert relative_error(got, want) <= (1e-12 if torch.float64 == DTYPE else 1e-5)
+    (gradient,) = torch.autograd.grad(scripted(x, offset, weight).square().sum(), x)
+    (wanted,) = torch.autograd.grad(want.square().sum(), x)
+    assert relative_error(gradient, wanted) <= (1e-12 if torch.float64 == DTYPE else 1e-5)
+    with pytest.raises(RuntimeError, match="offset must have shape"):
+        scripted(x, offset[..., 1:], weight)
+
+    offset, mask = offset[..., ::3].contiguous(), torch.rand_like(offset[:, :9, :, ::3])
+    scripted = torch.jit.script(convolve_int)
+    for modulation in (None, mask):
+        got = scripted(x, offset, weight, modulation)
+        assert torch.equal(got, convolve_int(x, offset, weight, modulation))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated")
+def test_scripted_layers():
+    x = torch.randn(2, 6, 9, 8, dtype=DTYPE, device=DEVICE)
+    layer = bridge.ModulatedDeformConv2d(6, 4, 3, padding=1).to(DEVICE, DTYPE)
+    assert torch.equal(torch.jit.script(layer)(x), layer(x))
+    layer = bridge.DeformConv2d(6, 4, (3, 2)).to(DEVICE, DTYPE)
+    offset = torch.randn(2, 12, 7, 7, dtype=DTYPE, device=DEVICE)
+    assert torch.equal(torch.jit.script(layer)(x, offset), layer(x, offset))

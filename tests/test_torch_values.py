@@ -261,6 +261,10 @@ WRONG = {
     "integers": (lambda a: a.update(input=a["input"].int()), "input must be float16"),
     "weight-type": (lambda a: a.update(weight=a["weight"].half()), "weight must have the type"),
     "offset-type": (lambda a: a.update(offset=a["offset"].half()), "offset must have the type"),
+    "shape-before-types": (
+        lambda a: a.update(weight=a["weight"].half(), offset=a["offset"][:, 2:]),
+        "offset must have a multiple of",
+    ),
     "devices": (lambda a: a.update(weight=a["weight"].to("meta")), "weight must be on the device"),
 }
 

@@ -40,7 +40,8 @@ Shape = tuple[int, ...]
 class Source:
     """An array of the checkpoint, and how it is laid out there.
 
-    names: what it may be called after the name of its layer; a checkpoint has one of them.
+    names: what it may be called after the name of its layer; a checkpoint has one of them. One
+        that begins with "_" continues the layer's own name: "_offset.weight" stands beside it.
     shape: PyTorch's.
     channels_axis: the axis that is MLX's last one; None where the layouts are the same.
     """
@@ -86,7 +87,8 @@ def _conv(layer: nn.Module, weight: Callable = _convolution) -> Sources:
 
 
 def _modulated_deform_conv2d(layer: ModulatedDeformConv2d, has: Callable[[str], bool]) -> Sources:
-    """mmcv: conv_offset; mps-deform-conv: offset_conv; BiRefNet: three convolutions.
+    """mmcv: conv_offset; mps-deform-conv: offset_conv; BiRefNet: three convolutions; detectron2
+    and the detectors of before mmcv: conv2_offset beside conv2.
 
     has: whether the checkpoint has an array of that name for this layer.
     """
@@ -98,7 +100,7 @@ def _modulated_deform_conv2d(layer: ModulatedDeformConv2d, has: Callable[[str], 
     split = layer.mask and has("modulator_conv.weight")
     for name, build in (("weight", _convolution), ("bias", Source)):
         channels, *rest = layer.offset_conv[name].shape
-        predictors = ("offset_conv", "conv_offset", "conv_offset_mask")
+        predictors = ("offset_conv", "conv_offset", "conv_offset_mask", "_offset")
         names = tuple(f"{predictor}.{name}" for predictor in predictors)
         if split:
             offset = build(names, (channels // 3 * 2, *rest))
@@ -200,7 +202,7 @@ class _Checkpoint:
         return self.prefix + name in self.arrays
 
     def take(self, layer: str, source: Source) -> mx.array | None:
-        names = [self.prefix + layer + name for name in source.names]
+        names = [_joined(self.prefix + layer, name) for name in source.names]
         found = [name for name in names if name in self.arrays]
         if len(found) > 1:
             raise ValueError(f"{TAG} a parameter must have one name; got {' and '.join(found)}")
@@ -241,6 +243,10 @@ class _Checkpoint:
         ]
 
 
+def _joined(layer: str, name: str) -> str:
+    return (layer.removesuffix(".") if name.startswith("_") else layer) + name
+
+
 def _listed(names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:SHOWN])
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -264,7 +270,8 @@ def load_torch_weights(
       ``ModulatedDeformConv2dPack`` (``weight``, ``bias``, ``conv_offset``), of the package
       mps-deform-conv's ``ModulatedDeformConv2d`` (``weight``, ``bias``, ``offset_conv``), of
       BiRefNet's ``DeformableConv2d`` (``regular_conv``, ``offset_conv``, ``modulator_conv``;
-      its layer has ``mask_scale=2``), and with ``mask=False`` of mmcv's ``DeformConv2dPack``;
+      its layer has ``mask_scale=2``), of detectron2's and older detectors' (``conv2.weight``
+      with ``conv2_offset`` beside it), and with ``mask=False`` of mmcv's ``DeformConv2dPack``;
     * :class:`mlx_deform.nn.MultiScaleDeformableAttention` takes those of the modules of the
       official code, of mmcv and of transformers, which all name them as it does;
     * the convolutions of :mod:`mlx.nn`, also the transposed ones, take theirs;

@@ -23,12 +23,19 @@ def refuse(rule: str, value: object, operator: str = "deform_conv2d") -> NoRetur
 
 
 def pair(name: str, value: int | Pair, least: int) -> Pair:
-    """(rows, columns), from one number for both or from two."""
+    """(rows, columns), from one number for both or from two. TorchScript compiles it."""
+    if not torch.jit.is_scripting():  # where the type says so, and the operator checks the rest
+        _check_int_or_pair(name, value, least)
+    if isinstance(value, int):
+        return value, value
+    return value[0], value[1]
+
+
+def _check_int_or_pair(name: str, value: object, least: int) -> None:
     values = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(values) != 2 or not (isinstance(values[0], int) and isinstance(values[1], int)):
         refuse(f"{name} must be an int or a pair of ints", repr(value))
     _check_pair(name, values, least)
-    return values
 
 
 def _check_pair(name: str, values: Pair, least: int) -> None:
@@ -72,13 +79,6 @@ def output_shape(
     """(N, C_out, H_out, W_out), after the checks."""
     if input.dtype not in DTYPES:
         refuse("input must be float16, bfloat16, float32 or float64", input.dtype)
-    # Half types cannot hold coordinates, so offset and mask may stay float32.
-    _check_tensor("offset", offset, input, True)
-    _check_tensor("weight", weight, input, False)
-    if bias is not None:
-        _check_tensor("bias", bias, input, False)
-    if mask is not None:
-        _check_tensor("mask", mask, input, True)
     _check_pair("stride", stride, 1)
     _check_pair("padding", padding, 0)
     _check_pair("dilation", dilation, 1)
@@ -116,4 +116,13 @@ def output_shape(
         refuse(f"mask must have shape ({N}, {DG * taps}, {Ho}, {Wo})", _shape(mask))
     if bias is not None and tuple(bias.shape) != (O,):
         refuse(f"bias must have shape ({O},)", _shape(bias))
+
+    # After the shapes, as in torchvision. Half types cannot hold coordinates, so offset and mask
+    # may stay float32.
+    _check_tensor("offset", offset, input, True)
+    _check_tensor("weight", weight, input, False)
+    if bias is not None:
+        _check_tensor("bias", bias, input, False)
+    if mask is not None:
+        _check_tensor("mask", mask, input, True)
     return N, O, Ho, Wo

@@ -49,6 +49,7 @@ def deform_conv2d(
             float32 beside a half.
         TypeError: If an argument is not a tensor.
 
+    ``torch.compile``, ``torch.export`` and ``torch.jit.script`` take functions that call it.
     Under autocast the result has the type of ``input``, as torchvision's. Third derivatives
     raise a NotImplementedError. MLX work of your own on the GPU, besides this bridge, must wait
     for torch's: call ``torch.mps.synchronize()`` before it.
@@ -65,15 +66,9 @@ def deform_conv2d(
         Dai et al., "Deformable Convolutional Networks", arXiv:1703.06211;
         Zhu et al., "Deformable ConvNets v2", arXiv:1811.11168.
     """
-    for name, tensor in zip(_ops.ARGUMENTS, (input, offset, weight, bias, mask), strict=True):
-        if not isinstance(tensor, Tensor):
-            optional = name in ("bias", "mask")
-            if not (optional and tensor is None):
-                raise TypeError(
-                    f"[deform_conv2d] {name} must be a tensor{' or None' if optional else ''}; "
-                    f"got {type(tensor).__name__}"
-                )
-    return _ops.deform_conv2d(
+    if not torch.jit.is_scripting():  # which checks types itself
+        _check_tensors(input, offset, weight, bias, mask)
+    return torch.ops.mlx_deform.deform_conv2d(
         input,
         offset,
         weight,
@@ -83,6 +78,16 @@ def deform_conv2d(
         pair("padding", padding, 0),
         pair("dilation", dilation, 1),
     )
+
+
+def _check_tensors(*arguments: object) -> None:
+    for name, tensor in zip(_ops.ARGUMENTS, arguments, strict=True):
+        optional = name in ("bias", "mask")
+        if not (isinstance(tensor, Tensor) or (optional and tensor is None)):
+            raise TypeError(
+                f"[deform_conv2d] {name} must be a tensor{' or None' if optional else ''}; "
+                f"got {type(tensor).__name__}"
+            )
 
 
 def is_available() -> bool:

@@ -170,6 +170,6 @@ class ModulatedDeformConv2d(DeformConv2d):
         nn.init.zeros_(self.offset_conv.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        samples = self.offset_groups * math.prod(self.kernel_size)
-        offset, logits = self.offset_conv(input).split((2 * samples, samples), dim=1)
+        samples = self.offset_groups * self.kernel_size[0] * self.kernel_size[1]
+        offset, logits = self.offset_conv(input).split([2 * samples, samples], dim=1)
         return self._convolve(input, offset, torch.sigmoid(logits))

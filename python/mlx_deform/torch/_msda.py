@@ -327,7 +327,8 @@ def multi_scale_deformable_attention(
         TypeError: If an argument is not a tensor.
 
     Third derivatives raise a NotImplementedError. MLX work of your own on the GPU, besides this
-    bridge, must wait for torch's: call ``torch.mps.synchronize()`` before it.
+    bridge, must wait for torch's: call ``torch.mps.synchronize()`` before it. ``torch.compile``
+    and ``torch.export`` know it; TorchScript, which lacks keyword-only arguments, does not.
 
     Example:
         >>> import torch
