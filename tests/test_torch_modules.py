@@ -129,8 +129,8 @@ def test_scripted_functions(tmp_path):
     want = torchvision.ops.deform_conv2d(
         x.cpu(), offset.cpu(), weight.cpu(), stride=(2, 1), padding=(1, 2)
     )
-    scripted.save(tmp_path / "function.pt")
-    for function in (scripted, torch.jit.load(tmp_path / "function.pt")):
+    scripted.save(str(tmp_path / "function.pt"))
+    for function in (scripted, torch.jit.load(str(tmp_path / "function.pt"))):
         got = function(x, offset, weight)
         assert relative_error(got, want) <= (1e-12 if torch.float64 == DTYPE else 1e-5)
     (gradient,) = torch.autograd.grad(scripted(x, offset, weight).square().sum(), x)
