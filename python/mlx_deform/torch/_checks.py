@@ -9,6 +9,9 @@ from ._bridge import DTYPES
 
 Pair = tuple[int, int]
 
+# Of a stride, a padding and a dilation: MLX's sizes are 32-bit integers.
+LARGEST = 2**31 - 1
+
 
 class InvalidArgument(RuntimeError, ValueError):
     """An argument breaks a rule; the message names the argument, the rule and the value.
@@ -41,6 +44,8 @@ def _check_int_or_pair(name: str, value: object, least: int) -> None:
 def _check_pair(name: str, values: Pair, least: int) -> None:
     if values[0] < least or values[1] < least:
         refuse(f"{name} must be at least {least} on both axes", tuple(values))
+    if values[0] > LARGEST or values[1] > LARGEST:
+        refuse(f"{name} must be at most {LARGEST} on both axes", tuple(values))
 
 
 def _shape(tensor: Tensor) -> str:
