@@ -53,6 +53,9 @@ class Source:
     def to_mlx(self, array: mx.array) -> mx.array:
         return array if self.channels_axis is None else mx.moveaxis(array, self.channels_axis, -1)
 
+    def to_torch(self, array: mx.array) -> mx.array:
+        return array if self.channels_axis is None else mx.moveaxis(array, -1, self.channels_axis)
+
 
 # By the name of the parameter in its layer: the arrays that make it, joined along axis 0.
 Sources = dict[str, tuple[Source, ...]]
@@ -328,6 +331,16 @@ def load_torch_weights(
     checkpoint.check(strict)
     _warn_of_mask_scales(model, checkpoint)
     return model.load_weights(loaded, strict=strict)
+
+
+def torch_weights(model: nn.Module) -> dict[str, mx.array]:
+    """The model's arrays by PyTorch's names and in its layouts, as loading takes them."""
+    state = {}
+    for layer, _, torch_path in _walk(model, "", ""):
+        parameters = dict(tree_flatten(dict(layer)))
+        for name, (source, *_) in _sources(layer, lambda _: False).items():
+            state[torch_path + source.names[0]] = source.to_torch(parameters[name])
+    return state
 
 
 def _warn_of_mask_scales(model: nn.Module, checkpoint: _Checkpoint) -> None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import BatchNorm, Conv2d, DeformableConv2d, last, on_cpu, piece, resize, same_rows
+from ..layers import BatchNorm, last
+from .layers import Conv2d, DeformableConv2d, on_cpu, piece, resize, same_rows
 
 INTER_CHANNELS = 64  # of every decoder block
 ASPP_CHANNELS = 256  # of every branch

@@ -3,9 +3,6 @@
 Nothing here is particular to the model. Channels are last.
 """
 
-import collections
-from collections.abc import Iterable
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -90,10 +87,6 @@ def same_rows(
     return mx.conv_general(rows, weight, padding=([top, pad], [bottom, pad]))
 
 
-def last(steps: Iterable):
-    return collections.deque(steps, maxlen=1).pop()
-
-
 class Conv2d(nn.Conv2d):
     """A convolution of stride 1 that keeps the size of the image.
 
@@ -143,24 +136,6 @@ class DeformableConv2d(ModulatedDeformConv2d):
         return deform_conv2d(
             x, offset, weight, shift.astype(x.dtype), padding=self.padding, mask=mask
         )
-
-
-class BatchNorm(nn.BatchNorm):
-    """Batch normalisation whose statistics are float32 beside a half input, as PyTorch's are.
-
-    In inference it is one multiplication and one addition.
-    """
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if self.training:
-            return super().__call__(x.astype(mx.float32)).astype(x.dtype)
-        scale, shift = self.scale_and_shift()
-        return x * scale.astype(x.dtype) + shift.astype(x.dtype)
-
-    def scale_and_shift(self) -> tuple[mx.array, mx.array]:
-        """What inference multiplies with and adds, float32 of shape (C,)."""
-        scale = self.weight * mx.rsqrt(self.running_var.astype(mx.float32) + self.eps)
-        return scale, self.bias - self.running_mean * scale
 
 
 class DropPath(nn.Module):

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
+from ..layers import convert, last
 from .config import BiRefNetConfig
 from .decoder import BasicDecBlk, Decoder, TrainingOutputs
-from .layers import BatchNorm, laplacian, last, resize
+from .layers import laplacian, resize
 from .swin import SwinTransformer
 
 # A map of the smallest size has one position for so many pixels a side.
@@ -71,13 +71,7 @@ class BiRefNet(nn.Module):
 
     def set_dtype(self, dtype: mx.Dtype) -> "BiRefNet":
         """Converts the parameters, except those of batch normalisation, which stay float32."""
-
-        def convert(_, module):
-            own = mx.float32 if isinstance(module, BatchNorm) else dtype
-            arrays = {k: v for k, v in module.items() if isinstance(v, mx.array) and k[0] != "_"}
-            module.update(tree_map(lambda array: array.astype(own), arrays))
-
-        self.apply_to_modules(convert)
+        convert(self, dtype)
         return self
 
     def steps(self, x: mx.array) -> Iterator[mx.array | TrainingOutputs]:

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..layers import last
 from .config import SwinConfig
-from .layers import DropPath, in_pieces, last
+from .layers import DropPath, in_pieces
 
 MLP_RATIO = 4
 PATCH = 4

@@ -1,1 +1,23 @@
 """Detectors of the DETR family in MLX: RT-DETR, RT-DETRv2, D-FINE and Deformable DETR."""
+
+from .families import config_of, model_of
+from .outputs import DenoisingQueries, DetectorOutputs, LayerOutputs, Target
+from .rt_detr import RTDETR
+from .rt_detr_config import RTDETRConfig, RTDETRv2Config
+from .weights import load_model, load_weights, read_config, save_model
+
+__all__ = [
+    "RTDETR",
+    "DenoisingQueries",
+    "DetectorOutputs",
+    "LayerOutputs",
+    "RTDETRConfig",
+    "RTDETRv2Config",
+    "Target",
+    "config_of",
+    "load_model",
+    "load_weights",
+    "model_of",
+    "read_config",
+    "save_model",
+]

@@ -66,3 +66,17 @@ class DetectorOutputs:
     denoising: LayerOutputs | None = None
     initial: LayerOutputs | None = None
     initial_denoising: LayerOutputs | None = None
+
+
+def split(
+    predictions: LayerOutputs, denoising: DenoisingQueries | None
+) -> tuple[LayerOutputs | None, LayerOutputs]:
+    """What the decoder predicts of the denoising queries, which are first, and of the others."""
+    if denoising is None:
+        return None, predictions
+    count = denoising.labels.shape[1]
+    arrays = vars(predictions).values()
+    return (
+        LayerOutputs(*(None if a is None else a[:, :, :count] for a in arrays)),
+        LayerOutputs(*(None if a is None else a[:, :, count:] for a in arrays)),
+    )

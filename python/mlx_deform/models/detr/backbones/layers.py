@@ -1,0 +1,44 @@
+"""A convolution with batch normalisation, by the backbones' names."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..layers import activation
+
+
+class ConvLayer(nn.Module):
+    """A convolution without a bias, batch normalisation, an activation.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups: Of the convolution, which keeps
+            the size of a map but for its stride.
+        act (str): The activation; None for none.
+        norm (type): Of batch normalisation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        act: str | None = "relu",
+        *,
+        norm: type,
+    ):
+        super().__init__()
+        self.convolution = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=False,
+        )
+        self.normalization = norm(out_channels)
+        self._activation = activation(act)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._activation(self.normalization(self.convolution(x)))

@@ -1,0 +1,70 @@
+"""The families of detectors, by the ``model_type`` of a ``config.json``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from .config import DetectorConfig
+from .detector import Detector
+from .rt_detr import RTDETR
+from .rt_detr_config import PUBLISHED, RTDETRConfig, RTDETRv2Config
+from .rt_detr_weights import hub_names, inferred
+
+State = Mapping[str, Any]
+
+
+class Family(NamedTuple):
+    """A family.
+
+    config, model: its classes. names: gives a checkpoint the model's names, and leaves out
+    what the model has once. inferred: the configuration that a checkpoint, so named, has.
+    """
+
+    config: type[DetectorConfig]
+    model: type[Detector]
+    names: Callable[[State], dict[str, Any]]
+    inferred: Callable[[State], DetectorConfig]
+
+
+FAMILIES = {
+    "rt_detr": Family(RTDETRConfig, RTDETR, hub_names, inferred),
+    "rt_detr_v2": Family(RTDETRv2Config, RTDETR, hub_names, inferred),
+}
+
+# Published models by their names on the hub.
+CONFIGS: dict[str, DetectorConfig] = {**PUBLISHED}
+
+
+def model_type_of(state: State) -> str:
+    """The family whose weights a checkpoint without a configuration holds."""
+    if any(name.endswith("n_points_scale") for name in state):
+        return "rt_detr_v2"
+    return "rt_detr"
+
+
+def config_of(name: str) -> DetectorConfig:
+    """The configuration of a published model.
+
+    Args:
+        name (str): Its name on the hub, such as ``"rtdetr_r18vd"`` or ``"rtdetr_v2_r50vd"``,
+            also with its owner's in front. Upper and lower case are the same.
+
+    Raises:
+        ValueError: If no model has that name.
+
+    Example:
+        >>> from mlx_deform.models.detr import config_of
+        >>> config_of("PekingU/rtdetr_r18vd").decoder_layers
+        3
+    """
+    by_name = {key.lower(): config for key, config in CONFIGS.items()}
+    try:
+        return by_name[name.rsplit("/", 1)[-1].lower()]
+    except KeyError:
+        raise ValueError(
+            f"[detr] a model must be one of {', '.join(CONFIGS)}; got {name!r}"
+        ) from None
+
+
+def model_of(config: DetectorConfig) -> Detector:
+    """A new model, with random weights."""
+    return FAMILIES[config.model_type].model(config)

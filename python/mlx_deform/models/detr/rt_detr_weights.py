@@ -1,0 +1,98 @@
+"""Names of RT-DETR's weights in checkpoints, and the sizes that the weights tell."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .backbones.resnet import ResNetConfig
+from .rt_detr_config import RTDETRConfig, RTDETRv2Config
+
+# What transformers 5 calls its modules, and the names in the hub's files and in ours.
+RENAMED = (
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.mlp\.(fc[12])\.", r".\1."),
+    (r"\.encoder\.aifi\.", ".encoder.encoder."),
+)
+# Heads that files hold twice, at the model's root and in its decoder.
+HEADS = ("class_embed.", "bbox_embed.")
+
+
+def renamed(state: Mapping[str, Any], rules: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """The state dict with regular expressions replaced in its names, one after another."""
+
+    def new(name):
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    return {new(name): array for name, array in state.items()}
+
+
+def single_heads(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with heads in the decoder alone, where a file may have them twice."""
+    single = {name: array for name, array in state.items() if not name.startswith(HEADS)}
+    for name, array in state.items():
+        if name.startswith(HEADS):
+            single.setdefault(f"model.decoder.{name}", array)
+    return single
+
+
+def hub_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict of a file of the hub, or of transformers' modules, with the model's names."""
+    return single_heads(renamed(state, RENAMED))
+
+
+def count(state: Mapping[str, Any], prefix: str) -> int:
+    """The number of entries of a list of modules."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return 1 + max((int(match[1]) for name in state if (match := pattern.match(name))), default=-1)
+
+
+def inferred_resnet(state: Mapping[str, Any], prefix: str) -> ResNetConfig:
+    """The sizes of a ResNet-D."""
+    stages = f"{prefix}.encoder.stages"
+    depths = [count(state, f"{stages}.{i}.layers") for i in range(count(state, stages))]
+    convolutions = count(state, f"{stages}.0.layers.0.layer")
+    last = f"layers.0.layer.{convolutions - 1}.convolution.weight"
+    return ResNetConfig(
+        embedding_size=len(state[f"{prefix}.embedder.embedder.2.convolution.weight"]),
+        hidden_sizes=tuple(len(state[f"{stages}.{i}.{last}"]) for i in range(len(depths))),
+        depths=tuple(depths),
+        layer_type="bottleneck" if convolutions == 3 else "basic",
+    )
+
+
+def inferred(state: Mapping[str, Any]) -> RTDETRConfig:
+    """The configuration that the shapes tell; what they don't is that of the published models."""
+    backbone = inferred_resnet(state, "model.backbone.model")
+    scales = "model.decoder.layers.0.encoder_attn.n_points_scale"
+    attention = state["model.decoder.layers.0.encoder_attn.attention_weights.weight"]
+    levels = count(state, "model.decoder_input_proj")
+    labels, d_model = state["model.enc_score_head.weight"].shape
+    heads, samples = 8, len(attention)
+    if scales in state:
+        heads = samples // len(state[scales])
+    hidden = state["model.encoder.fpn_blocks.0.conv1.conv.weight"].shape
+    encoder_dim = hidden[1] // 2
+    names = {} if labels == 80 else {"id2label": {i: f"LABEL_{i}" for i in range(labels)}}
+    return (RTDETRv2Config if scales in state else RTDETRConfig)(
+        backbone_config=backbone,
+        d_model=d_model,
+        num_feature_levels=levels,
+        decoder_layers=count(state, "model.decoder.layers"),
+        decoder_ffn_dim=len(state["model.decoder.layers.0.fc1.weight"]),
+        decoder_attention_heads=heads,
+        decoder_n_points=samples // heads // levels,
+        decoder_in_channels=tuple(
+            state[f"model.decoder_input_proj.{i}.0.weight"].shape[1]
+            for i in range(count(state, "model.encoder_input_proj"))
+        ),
+        encoder_in_channels=backbone.channels,
+        encoder_hidden_dim=encoder_dim,
+        encoder_layers=count(state, "model.encoder.encoder.0.layers"),
+        encoder_ffn_dim=len(state["model.encoder.encoder.0.layers.0.fc1.weight"]),
+        hidden_expansion=hidden[0] / encoder_dim,
+        learn_initial_query="model.weight_embedding.weight" in state,
+        num_denoising=100 if "model.denoising_class_embed.weight" in state else 0,
+        **names,
+    )
