@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import birefnet_twin as twin
+from mlx_deform.models import layers as shared
 from mlx_deform.models.birefnet import SwinConfig, decoder, layers, swin
 from mlx_deform.nn import load_torch_weights
 from numerics import to_numpy
@@ -103,7 +104,7 @@ def test_deformable_convolution(kernel):
 
 
 def test_batch_norm_in_training():
-    reference, module = twin.randomize(torch.nn.BatchNorm2d(5)), layers.BatchNorm(5)
+    reference, module = twin.randomize(torch.nn.BatchNorm2d(5)), shared.BatchNorm(5)
     load_torch_weights(module, reference.state_dict()).train()
     for seed in range(3):
         x = 2 * tensor(3, 5, 4, 6, seed=seed) + 1
@@ -116,7 +117,7 @@ def test_batch_norm_in_training():
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_in_half(training):
     """Statistics beyond float16's range are no harm, and the type is kept."""
-    module = layers.BatchNorm(2)
+    module = shared.BatchNorm(2)
     module.running_var = mx.array([1e6, 1e-7])
     module.train(training)
     x = mx.array([[300.0, 0.1], [-300.0, 0.3]], mx.float16)
@@ -246,11 +247,11 @@ def test_decoder(order):
     with torch.no_grad():
         want = reference(image, maps, gradient)
     module.eval()
-    got = layers.last(module.steps(to_mlx(image), [to_mlx(m) for m in maps]))
+    got = shared.last(module.steps(to_mlx(image), [to_mlx(m) for m in maps]))
     assert_close(got, want[0][3])
     # Training's outputs, with the statistics of inference.
     module._training = True
-    got = layers.last(module.steps(to_mlx(image), [to_mlx(m) for m in maps], to_mlx(gradient)))
+    got = shared.last(module.steps(to_mlx(image), [to_mlx(m) for m in maps], to_mlx(gradient)))
     for arrays, tensors, count in zip(got, want, (4, 3, 3), strict=True):
         assert len(arrays) == len(tensors) == count
         for array, t in zip(arrays, tensors, strict=True):
