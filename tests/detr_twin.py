@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import mlx.core as mx
 import numpy as np
 import torch
 import transformers
@@ -11,70 +12,109 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mlx_deform.models.detr import load_weights, model_of
 from mlx_deform.models.detr.families import FAMILIES
+from mlx_deform.models.detr.weights import unwrapped
+from mlx_deform.nn.checkpoints import IGNORED, torch_weights
 
 transformers.logging.set_verbosity_error()
 
-# Scores of pictures are so far apart that rounding changes no selection.
+# The scores that queries are selected by lie so far apart that rounding changes no selection.
 SCORE_SCALE = 30.0
 SCORE_HEADS = ("enc_score_head",)
 
+# Of logits and boxes in float32, whatever the layer.
+TOLERANCE = 1e-4
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Draws every weight, bias and statistic anew, so that none is 0 or 1 or tied by chance.
+
+def randomise(model, seed=0):
+    """Draws every weight, bias and statistic anew: none is 0 or 1, or the same as another.
 
     Signals keep about their size from layer to layer.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(tensor, scale=1.0, mean=0.0):
-        drawn = torch.randn(tensor.shape, generator=generator) * scale + mean
-        tensor.copy_(drawn.to(tensor.dtype))
+    def normal(tensor, scale, mean=0.0):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + mean)
 
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point() or name.endswith("points_scale"):
+            if not tensor.is_floating_point() or is_buffer(name):
                 continue
             if name.endswith("running_var"):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+            elif name.endswith("sampling_offsets.bias"):
+                normal(tensor, 2)
             elif name.endswith(("running_mean", "bias")):
                 normal(tensor, 0.1)
             elif tensor.ndim == 1:
-                normal(tensor, 0.1, 1.0)
+                normal(tensor, 0.1, mean=1)
             else:
-                normal(tensor, (tensor[0].numel()) ** -0.5)
+                normal(tensor, tensor[0].numel() ** -0.5)
         for name, module in model.named_modules():
             if name.endswith(SCORE_HEADS):
                 module.weight.mul_(SCORE_SCALE)
-            if name.endswith("sampling_offsets"):
-                normal(module.bias, 2.0)
     return model
 
 
-def hub_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What ``save_pretrained`` writes: the hub's names, heads once."""
-    return revert_weight_conversion(model, model.state_dict())
+def is_buffer(name):
+    """Whether it is the name of something that holds no weights."""
+    return name.endswith(IGNORED)
 
 
-def twin(torch_config, seed: int = 0):
+def hub_state(theirs):
+    """What ``save_pretrained`` writes, by the hub's names; heads may be in it twice."""
+    return revert_weight_conversion(theirs, theirs.state_dict())
+
+
+def twin(torch_config, seed=0):
     """transformers' detector, randomised, and ours with its configuration and weights."""
     theirs = transformers.AutoModelForObjectDetection.from_config(torch_config)
-    randomise(theirs, seed).eval()
-    family = FAMILIES[torch_config.model_type]
-    ours = model_of(family.config.from_json(torch_config.to_dict()))
-    load_weights(ours, theirs.state_dict())
-    ours.eval()
-    return theirs, ours
+    return randomise(theirs, seed).eval(), port(theirs)
 
 
-def pictures(height: int, width: int, count: int = 1, seed: int = 0) -> np.ndarray:
+def port(theirs):
+    """Our detector with the configuration and the weights of transformers' one."""
+    family = FAMILIES[theirs.config.model_type]
+    ours = model_of(family.config.from_json(theirs.config.to_dict()))
+    return load_weights(ours, theirs.state_dict()).eval()
+
+
+def pictures(height, width, count=1, seed=0):
     """float32 (N, H, W, 3) in [0, 1], smooth as photographs are."""
     rng = np.random.default_rng(seed)
     small = rng.random((count, 3, height // 16, width // 16), dtype=np.float32)
     large = torch.nn.functional.interpolate(
-        torch.from_numpy(small), (height, width), mode="bicubic", antialias=False
+        torch.from_numpy(small), (height, width), mode="bicubic"
     )
     return large.clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def to_torch(pixels: np.ndarray) -> torch.Tensor:
+def channels_first(pixels):
+    """Our pixels as transformers takes them."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def largest_difference(got, want):
+    """Of an array and a tensor; NaN where either has one."""
+    got, want = np.array(got.astype(mx.float32)), want.detach().float().numpy()
+    assert got.shape == want.shape, f"shape {got.shape} is not {want.shape}"
+    return float(np.abs(got - want).max())
+
+
+def differences(outputs, theirs):
+    """The largest differences of logits and boxes, over all layers of the decoder."""
+    return (
+        largest_difference(outputs.layers.logits, theirs.intermediate_logits),
+        largest_difference(outputs.layers.boxes, theirs.intermediate_reference_points),
+    )
+
+
+def assert_same_state(ours, theirs):
+    """Our names and shapes are the hub's, but for buffers and for heads that are there twice."""
+    names = FAMILIES[ours.config.model_type].names
+    want = {
+        name: tuple(tensor.shape)
+        for name, tensor in names(unwrapped(hub_state(theirs))).items()
+        if not is_buffer(name)
+    }
+    got = {name: tuple(array.shape) for name, array in torch_weights(ours).items()}
+    assert got == want

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..layers import convert, last
+from ..layers import BatchNorm, convert, last
 from .config import DetectorConfig
+from .layers import FrozenBatchNorm
 from .outputs import DenoisingQueries, DetectorOutputs
 
 
@@ -29,6 +30,16 @@ class Detector(nn.Module):
     def set_dtype(self, dtype: mx.Dtype) -> "Detector":
         """Converts the parameters, except those of batch normalisation, which stay float32."""
         convert(self, dtype)
+        return self
+
+    def unfreeze(self, *args, **kwargs) -> "Detector":
+        """As of any module, but batch normalisation that is frozen stays so."""
+        super().unfreeze(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, FrozenBatchNorm):
+                module.freeze()
+            elif isinstance(module, BatchNorm):
+                module.freeze(keys=["running_mean", "running_var"])
         return self
 
     @property

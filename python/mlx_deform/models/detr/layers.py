@@ -47,9 +47,6 @@ class FrozenBatchNorm(BatchNorm):
         super().__init__(num_features, eps)
         self.freeze()
 
-    def unfreeze(self, *args, **kwargs) -> nn.Module:
-        return self
-
     def __call__(self, x: mx.array) -> mx.array:
         scale, shift = self.scale_and_shift()
         return x * scale.astype(x.dtype) + shift.astype(x.dtype)

@@ -74,6 +74,8 @@ def inferred(state: Mapping[str, Any]) -> RTDETRConfig:
         heads = samples // len(state[scales])
     hidden = state["model.encoder.fpn_blocks.0.conv1.conv.weight"].shape
     encoder_dim = hidden[1] // 2
+    maps = count(state, "model.encoder_input_proj")
+    attended = count(state, "model.encoder.encoder")
     names = {} if labels == 80 else {"id2label": {i: f"LABEL_{i}" for i in range(labels)}}
     return (RTDETRv2Config if scales in state else RTDETRConfig)(
         backbone_config=backbone,
@@ -84,11 +86,11 @@ def inferred(state: Mapping[str, Any]) -> RTDETRConfig:
         decoder_attention_heads=heads,
         decoder_n_points=samples // heads // levels,
         decoder_in_channels=tuple(
-            state[f"model.decoder_input_proj.{i}.0.weight"].shape[1]
-            for i in range(count(state, "model.encoder_input_proj"))
+            state[f"model.decoder_input_proj.{i}.0.weight"].shape[1] for i in range(maps)
         ),
         encoder_in_channels=backbone.channels,
         encoder_hidden_dim=encoder_dim,
+        encode_proj_layers=tuple(range(maps - attended, maps)),
         encoder_layers=count(state, "model.encoder.encoder.0.layers"),
         encoder_ffn_dim=len(state["model.encoder.encoder.0.layers.0.fc1.weight"]),
         hidden_expansion=hidden[0] / encoder_dim,

@@ -45,7 +45,7 @@ def best(scores: mx.array, count: int) -> mx.array:
             f"[detr] a picture must have at least num_queries = {count} places on its maps; "
             f"got {scores.shape[1]}"
         )
-    return mx.argsort(-scores, axis=1)[:, :count]
+    return mx.argsort(-mx.stop_gradient(scores), axis=1)[:, :count]
 
 
 def take(x: mx.array, places: mx.array) -> mx.array:
