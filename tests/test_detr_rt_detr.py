@@ -138,26 +138,31 @@ def test_names_and_shapes(case):
 
 
 class Recorder:
-    """transformers' denoising queries, which it makes at random, as ours take them."""
+    """transformers' denoising queries: made at random once, then the same in every call."""
 
     def __init__(self, module, monkeypatch):
         self.make = module.get_contrastive_denoising_training_group
+        self.made = None
         monkeypatch.setattr(module, self.make.__name__, self)
 
     def __call__(self, class_embed=None, **settings):
-        def embed(labels):
-            self.labels = labels
-            return class_embed(labels)
+        if self.made is None:
+            self.made = self.make(class_embed=self.embed, **settings)
+        _, boxes, mask, meta = self.made
+        queries = class_embed(self.labels)
+        return queries, boxes.to(queries.dtype), mask.to(queries.dtype), meta
 
-        self.made = self.make(class_embed=embed, **settings)
-        return self.made
+    def embed(self, labels):
+        self.labels = labels
+        return labels
 
     @property
     def queries(self):
+        """As ours takes them."""
         _, boxes, mask, meta = self.made
         return DenoisingQueries(
             mx.array(self.labels.numpy()),
-            mx.array(boxes.float().numpy()),
+            mx.array(boxes.numpy()),
             mx.array(mask.numpy() < 0),
             [places.numpy() for places in meta["dn_positive_idx"]],
             meta["dn_num_group"],
@@ -165,13 +170,17 @@ class Recorder:
 
 
 TARGETS = [
-    {"class_labels": torch.tensor([1, 3, 2]), "boxes": torch.rand(3, 4) / 2 + 0.2},
+    {
+        "class_labels": torch.tensor([1, 3, 2]),
+        "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.5], [0.6, 0.5, 0.1, 0.2], [0.7, 0.2, 0.5, 0.3]]),
+    },
     {"class_labels": torch.tensor([4]), "boxes": torch.tensor([[0.4, 0.5, 0.3, 0.2]])},
 ]
 
 
-def losses(arrays, rng):
-    """Sums of predictions with random weights, which are the same for the same generator."""
+def random_sum(arrays):
+    """The sum of all numbers, each times a random one; the same ones in every call."""
+    rng = np.random.default_rng(1)
     total = 0
     for array in arrays:
         weights = rng.standard_normal(array.shape).astype(np.float32)
@@ -181,58 +190,56 @@ def losses(arrays, rng):
     return total
 
 
-def training_step(theirs, ours, pixels, recorder):
-    """Both frameworks' gradients by the hub's names, of random sums of all that is predicted."""
-    theirs.train(), ours.train()
-    theirs.zero_grad()
-    predicted = theirs.model(channels_first(pixels), labels=TARGETS)
-    outputs = (
-        predicted.intermediate_logits,
-        predicted.intermediate_reference_points,
-        predicted.enc_topk_logits,
-        predicted.enc_topk_bboxes,
-    )
-    losses(outputs, np.random.default_rng(1)).backward()
+def gradients_of_theirs(theirs, pixels):
+    """Of a random sum of all that is predicted in training, by the hub's names."""
+    theirs.train().zero_grad()
+    got = theirs.model(pixels, labels=TARGETS)
+    layers = got.intermediate_logits, got.intermediate_reference_points
+    random_sum((*layers, got.enc_topk_logits, got.enc_topk_bboxes)).backward()
+    return hub_names({name: p.grad.clone().numpy() for name, p in theirs.named_parameters()})
 
+
+def gradients_of_ours(ours, pixels, denoising):
     def loss(model):
-        got = model(mx.array(pixels), denoising=recorder.queries)
-        joined = (
+        got = model(pixels, denoising=denoising)
+        layers = (
             mx.concatenate([getattr(got.denoising, name), getattr(got.layers, name)], axis=2)
             for name in ("logits", "boxes")
         )
-        return losses((*joined, *got.encoder), np.random.default_rng(1))
+        return random_sum((*layers, *got.encoder))
 
-    before = ours.parameters()
-    _, gradients = nn.value_and_grad(ours, loss)(ours)
-    names = dict(tree_flatten(gradients))
-    ours.update(gradients)
-    got = torch_weights(ours)
-    ours.update(before)
-    want = hub_names({name: p.grad for name, p in theirs.named_parameters()})
-    trained = {name for name in got if not name.endswith(("running_mean", "running_var"))}
-    return {n: np.array(got[n]) for n in want}, want, names, trained
+    _, gradients = nn.value_and_grad(ours.train(), loss)(ours)
+    names = {name for name, _ in tree_flatten(gradients)}
+    return {n: np.array(a) for n, a in torch_weights(ours.update(gradients)).items() if n in names}
 
 
 @pytest.mark.parametrize(
     ("case", "module", "frozen"),
     [("rt_detr", modeling_rt_detr, True), ("rt_detr_v2", modeling_rt_detr_v2, False)],
+    ids=["rt_detr", "rt_detr_v2"],
 )
 def test_gradients(monkeypatch, case, module, frozen):
-    """Also of the backbone, with its batch normalisation frozen and in training."""
+    """With denoising queries; the backbone's batch normalisation frozen, and in training."""
     model_type, settings = CASES[case]
     settings = {**SMALL, **settings, "freeze_backbone_batch_norms": frozen}
     theirs, ours = twin(CLASSES[model_type](**settings))
-    recorder = Recorder(module, monkeypatch)
     torch.manual_seed(0)
-    got, want, names, _ = training_step(theirs, ours, pictures(*SIZE, count=2), recorder)
-    assert len(names) == len(want)
-    scale = max(gradient.abs().max() for gradient in want.values())
-    for name, gradient in want.items():
-        own = gradient.abs().max()
-        # Some gradients are zero but for rounding, as those of a key's bias; where a sample
-        # is at a pixel's centre, its slope is a matter of rounding.
-        error = np.abs(got[name] - gradient.numpy()).max()
-        assert error <= 2e-2 * own + 1e-6 * scale, name
+    recorder = Recorder(module, monkeypatch)
+    pixels = pictures(*SIZE, count=2)
+    gradients_of_theirs(theirs, channels_first(pixels))  # makes the queries, in float32
+    want = gradients_of_theirs(theirs.double(), channels_first(pixels).double())
+    got = gradients_of_ours(ours, mx.array(pixels), recorder.queries)
+    assert got.keys() == want.keys()
+    norms = {name: np.linalg.norm(gradient) for name, gradient in want.items()}
+    floor = 1e-6 * max(norms.values())  # some are zero but for rounding, as of a key's bias
+    errors = {
+        name: np.linalg.norm(got[name] - gradient) / (norms[name] + floor)
+        for name, gradient in want.items()
+    }
+    # Where the sign of an activation is a matter of rounding, float32 is far from the truth.
+    worst = max(errors, key=errors.get)
+    assert errors[worst] <= 0.1, worst
+    assert np.median(list(errors.values())) <= 3e-4
 
 
 def test_padding_of_denoising_queries_learns_nothing():
@@ -327,9 +334,11 @@ def test_configurations():
         theirs = cls(num_labels=80, id2label=config_of("rtdetr_r50vd").id2label)
         ours = config_of("rtdetr_r50vd" if model_type == "rt_detr" else "rtdetr_v2_r50vd")
         assert type(ours).from_json(theirs.to_dict()) == ours
-        assert cls.from_dict(ours.to_json()).to_dict() == theirs.to_dict() | {
-            "architectures": [ours.architecture]
+        want = theirs.to_dict() | {
+            "architectures": [ours.architecture],
+            "label2id": {label: number for number, label in ours.id2label.items()},
         }
+        assert want.items() <= cls.from_dict(ours.to_json()).to_dict().items()
     for name, config in CONFIGS.items():
         assert config_of(f"PekingU/{name.upper()}") is config
         assert type(config).from_json(json.loads(json.dumps(config.to_json()))) == config

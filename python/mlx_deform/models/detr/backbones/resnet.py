@@ -40,11 +40,9 @@ class ResNetConfig(BackboneConfig):
 
 
 def halve(x: mx.array) -> mx.array:
-    """The mean of 2x2 pixels; of fewer at the ends of an odd size."""
-    _, H, W, _ = x.shape
-    # The repeated last row or column is its own mean.
-    x = mx.pad(x, [(0, 0), (0, H % 2), (0, W % 2), (0, 0)], mode="edge")
-    return x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).mean((2, 4))
+    """The mean of 2x2 pixels: (N, H, W, C) to (N, H / 2, W / 2, C)."""
+    N, H, W, C = x.shape
+    return x.reshape(N, H // 2, 2, W // 2, 2, C).mean((2, 4))
 
 
 class Shortcut(nn.Module):
