@@ -1,7 +1,7 @@
 """Random calls with the extension under AddressSanitizer and UndefinedBehaviorSanitizer.
 
-Builds the extension with GCC's sanitizers into a folder of its own, beside the package's Python
-files, and runs `python -m fuzz` there, the targets in parallel. Needs GCC, on Linux.
+Builds the extension with clang's sanitizers into a folder of its own, beside the package's Python
+files, and runs `python -m fuzz` there, the targets in parallel. Needs clang-22, on Linux.
 
     python tests/run_sanitized_fuzz.py --calls 20000
 """
@@ -18,18 +18,19 @@ from pathlib import Path
 import mlx
 import scipy_openblas32
 
+from sanitizers import COMPILER, SYMBOLS, runtime
+
 ROOT = Path(__file__).parents[1]
-COMPILER = "g++"
 # A float that no int holds must not become one: that check is in no group. The virtual tables
 # that the last one leaves out are in libmlx, which is not instrumented.
 FLAGS = (
     "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr "
-    "-fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+    "-fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -shared-libsan"
 )
 OPTIONS = {
     # torch and MLX, not instrumented, leak at exit and free what others allocated.
-    "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0",
-    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0" + SYMBOLS,
+    "UBSAN_OPTIONS": "print_stacktrace=1" + SYMBOLS,
 }
 
 
@@ -55,21 +56,12 @@ def build(folder: Path, jobs: int) -> Path:
     return package.parent
 
 
-def runtime(name: str) -> str:
-    """The path of a sanitizer's library."""
-    command = [COMPILER, f"-print-file-name={name}"]
-    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if not os.path.isabs(path):
-        raise SystemExit(f"{COMPILER} has no {name}")
-    return os.path.realpath(path)
-
-
 def fuzz(package: Path, target: str, calls: int, seed: int) -> subprocess.CompletedProcess:
     libraries = [Path(mlx.__path__[0]) / "lib", Path(scipy_openblas32.get_lib_dir())]
     environment = {
         **os.environ,
         **OPTIONS,
-        "LD_PRELOAD": " ".join(map(runtime, ("libasan.so", "libubsan.so"))),
+        "LD_PRELOAD": runtime("address"),
         "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries)),
         "PYTHONPATH": os.pathsep.join(map(str, (package, ROOT / "tests"))),
         "PYTHONWARNINGS": "ignore",
@@ -95,6 +87,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
+    if runtime("address") is None:
+        raise SystemExit("needs clang-22 and libclang-rt-22-dev, on Linux")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         package = build(Path(folder), options.jobs)
         runs = pool.map(

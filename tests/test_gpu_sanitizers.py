@@ -10,7 +10,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,30 +21,14 @@ from cuda_kernels.on_cpu import build_texts
 from cuda_kernels.on_cpu import launch as cuda_launch
 from metal.problem import Problem
 from mlx_deform import _ext
+from sanitizers import COMPILER, RUNTIMES, SYMBOLS, runtime
 
-COMPILER = "clang++-22"
-RUNTIMES = {"address": "asan", "thread": "tsan"}
 COMPLAINTS = {"address": "AddressSanitizer: heap-", "thread": "data race"}
-# Named, because an older llvm-symbolizer that lies in the PATH can't read clang-22's tables.
-SYMBOLIZER = shutil.which("llvm-symbolizer-22") or shutil.which("addr2line")
-SYMBOLS = f":external_symbolizer_path={SYMBOLIZER}" if SYMBOLIZER else ""
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0" + SYMBOLS,
     "TSAN_OPTIONS": "halt_on_error=1" + SYMBOLS,
     "OPENBLAS_NUM_THREADS": "1",
 }
-
-
-@cache
-def runtime(sanitizer):
-    """Path of the sanitizer's runtime library, None where there is none."""
-    if shutil.which(COMPILER) is None or sys.platform != "linux":
-        return None
-    name = f"libclang_rt.{RUNTIMES[sanitizer]}-{os.uname().machine}.so"
-    found = subprocess.run(
-        [COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    return found if os.path.isabs(found) else None
 
 
 pytestmark = pytest.mark.skipif(
