@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..command import DTYPES, exit_status
+
 DESCRIPTION = """\
 Removes the background of pictures with BiRefNet. For each INPUT it writes NAME_mask.png, the
 mask, and NAME_cutout.png, the picture with the mask as its transparency.
@@ -12,7 +14,6 @@ EPILOG = """\
 exit status: 0 when every picture is cut out, 1 when one cannot be read or written, 2 when the
 job cannot run (wrong weights, a missing package).
 """
-PACKAGES = {"numpy", "PIL", "tqdm"}
 
 
 def size(text):
@@ -59,7 +60,7 @@ def parse_arguments(arguments):
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
+        choices=DTYPES,
         help="type to compute in (default: float16 on a GPU, float32 on a CPU)",
     )
     parser.add_argument(
@@ -85,20 +86,13 @@ def parse_arguments(arguments):
 
 
 def main(arguments=None):
-    try:
+    def job():
         options = parse_arguments(arguments)
-        from .command import CommandError, run
-    except ImportError as error:
-        if (error.name or "").split(".")[0] not in PACKAGES:
-            raise
-        reason = f'{error.name} is not installed; pip install "mlx-deform[birefnet]"'
-    else:
-        try:
-            return 0 if run(options) else 1
-        except CommandError as error:
-            reason = str(error)
-    print(f"mlx_deform: {reason}", file=sys.stderr)
-    return 2
+        from .command import run
+
+        return run(options)
+
+    return exit_status(job, extra="birefnet")
 
 
 if __name__ == "__main__":

@@ -5,15 +5,17 @@ Pillow's bilinear filter, normalised with ImageNet's mean and standard deviation
 through 8 bits back to the picture's size with Pillow's bicubic filter.
 """
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
+from ..pictures import read_picture, straight, to_rgb
 from .model import BiRefNet
+
+__all__ = ["CutOut", "cut_out", "read_picture", "to_input", "to_mask", "to_rgb"]
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -24,52 +26,6 @@ class CutOut(NamedTuple):
 
     mask: Image.Image
     picture: Image.Image
-
-
-def read_picture(path: str | os.PathLike) -> Image.Image:
-    """The picture in a file, turned as its EXIF orientation says; the first of several frames.
-
-    Raises:
-        ValueError: If it can't be read; the message says why.
-    """
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise ValueError("there is no such file") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError("it is no picture that Pillow knows") from None
-    except Exception as error:  # decoders of damaged files raise what they like
-        raise ValueError(f"it can't be read: {error}") from None
-
-
-def _straight(picture: Image.Image) -> Image.Image:
-    """Grey with premultiplied transparency, which Pillow converts to no other mode, without."""
-    return picture.convert("LA") if picture.mode == "La" else picture
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """The colours of a picture of any mode in 8 bits, its transparency left out.
-
-    Modes of more bits are scaled by the least of 1 (of floats), 255 and 65535 that holds their
-    brightest pixel.
-    """
-    picture = _straight(picture)
-    if picture.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(picture, np.float32)).clip(0)
-        if picture.mode.startswith("I;16"):
-            top = 65535
-        else:
-            tops = (1, 255, 65535) if picture.mode == "F" else (255, 65535)
-            brightest = float(values.max(initial=0))
-            top = next((top for top in tops if brightest <= top), brightest)
-        picture = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
-    if picture.mode == "LAB":
-        from PIL import ImageCms
-
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")
-    return picture.convert("RGB")
 
 
 def to_input(picture: Image.Image, size: tuple[int, int], dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -132,7 +88,7 @@ def cut_out(
     mask = to_mask(result, picture.size)
     alpha = mask
     if picture.has_transparency_data:
-        own = _straight(picture).convert("RGBA").getchannel("A")
+        own = straight(picture).convert("RGBA").getchannel("A")
         alpha = ImageChops.multiply(mask, own)
     coloured = to_rgb(picture)
     coloured.putalpha(alpha)
