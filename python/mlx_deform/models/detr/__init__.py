@@ -2,6 +2,7 @@
 
 from .families import config_of, model_of
 from .outputs import DenoisingQueries, DetectorOutputs, LayerOutputs, Target
+from .preprocessing import ImageProcessor
 from .rt_detr import RTDETR
 from .rt_detr_config import RTDETRConfig, RTDETRv2Config
 from .weights import load_model, load_weights, read_config, save_model
@@ -10,6 +11,7 @@ __all__ = [
     "RTDETR",
     "DenoisingQueries",
     "DetectorOutputs",
+    "ImageProcessor",
     "LayerOutputs",
     "RTDETRConfig",
     "RTDETRv2Config",

@@ -9,14 +9,19 @@ from ..layers import BatchNorm, convert, last
 from .config import DetectorConfig
 from .layers import FrozenBatchNorm
 from .outputs import DenoisingQueries, DetectorOutputs
+from .preprocessing import ImageProcessor
 
 
 class Detector(nn.Module):
-    """The base of the families. A subclass has ``steps``, ``step_count`` and ``self.model``."""
+    """The base of the families. A subclass has ``steps``, ``step_count`` and ``self.model``.
+
+    ``processor``, an :class:`ImageProcessor`, makes pictures the model's input.
+    """
 
     def __init__(self, config: DetectorConfig):
         super().__init__()
         self._config = config
+        self.processor = ImageProcessor.of(config.model_type)
 
     @property
     def config(self) -> DetectorConfig:

@@ -13,6 +13,8 @@ from ...nn.checkpoints import read_checkpoint, torch_weights
 from .config import DetectorConfig
 from .detector import Detector
 from .families import FAMILIES, model_of, model_type_of
+from .preprocessing import FILE as PROCESSOR
+from .preprocessing import read_processor
 
 TAG = "[detr]"
 
@@ -68,7 +70,10 @@ def read_config(path: str | os.PathLike) -> DetectorConfig:
         raise ValueError(
             f"{TAG} a {CONFIG} must have a model_type of {known}; got {str(path)!r}: {error}"
         ) from None
-    return family.config.from_json(settings)
+    try:
+        return family.config.from_json(settings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{TAG} {str(path)!r} must hold a configuration: {error}") from None
 
 
 def load_weights(
@@ -118,8 +123,9 @@ def load_model(
     """A model for inference, from a file of weights and the configuration beside it.
 
     Args:
-        path (str or path): A folder with ``model.safetensors`` and ``config.json``, as the hub
-            and :func:`save_model` have them; or a file of weights.
+        path (str or path): A folder with ``model.safetensors``, ``config.json`` and
+            ``preprocessor_config.json``, as the hub and :func:`save_model` have them; or a file
+            of weights.
         config (DetectorConfig): The model's sizes. Default: those of the ``config.json`` in the
             same folder; without one, those that the shapes of the weights tell, with the
             published models' numbers of heads and queries.
@@ -142,6 +148,7 @@ def load_model(
     if config is None:
         config = read_config(beside) if beside.is_file() else inferred_config(state)
     model = model_of(config)
+    model.processor = read_processor(file.parent, config.model_type)
     load_weights(model, state)
     model.set_dtype(dtype)
     model.eval()
@@ -169,11 +176,11 @@ def save_model(model: Detector, folder: str | os.PathLike) -> None:
 
     Args:
         model (Detector): The model.
-        folder (str or path): Where ``model.safetensors`` and ``config.json`` go; it is made if
-            there is none.
+        folder (str or path): Where ``model.safetensors``, ``config.json`` and
+            ``preprocessor_config.json`` go; it is made if there is none.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / WEIGHTS), torch_weights(model), {"format": "pt"})
-    text = json.dumps(model.config.to_json(), indent=2)
-    (folder / CONFIG).write_text(text + "\n")
+    for name, settings in ((CONFIG, model.config), (PROCESSOR, model.processor)):
+        (folder / name).write_text(json.dumps(settings.to_json(), indent=2) + "\n")
