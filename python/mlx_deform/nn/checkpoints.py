@@ -152,7 +152,8 @@ def _walk(value: Any, path: str, torch_path: str) -> Iterator[tuple[nn.Module, s
 # Checkpoints
 
 
-def _to_mlx(name: str, value: Any) -> mx.array:
+def to_mlx(name: str, value: Any) -> mx.array:
+    """An array, or a tensor of PyTorch's, as MLX's; ``name`` is for the error."""
     if isinstance(value, mx.array):
         return value
     if hasattr(value, "detach"):  # a torch.Tensor, without importing torch
@@ -213,7 +214,7 @@ class _Checkpoint:
             self.missing.append(names[0])
             return None
         self.used.add(found[0])
-        array = _to_mlx(found[0], self.arrays[found[0]])
+        array = to_mlx(found[0], self.arrays[found[0]])
         if tuple(array.shape) != tuple(source.shape):
             self.misshapen.append(
                 f"{found[0]!r} must have shape {tuple(source.shape)}; got {tuple(array.shape)}"

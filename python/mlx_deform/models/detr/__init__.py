@@ -1,5 +1,7 @@
 """Detectors of the DETR family in MLX: RT-DETR, RT-DETRv2, D-FINE and Deformable DETR."""
 
+from .deformable_detr import DeformableDETR
+from .deformable_detr_config import DeformableDETRConfig
 from .families import config_of, model_of
 from .outputs import DenoisingQueries, DetectorOutputs, LayerOutputs, Target
 from .preprocessing import ImageProcessor
@@ -9,6 +11,8 @@ from .weights import load_model, load_weights, read_config, save_model
 
 __all__ = [
     "RTDETR",
+    "DeformableDETR",
+    "DeformableDETRConfig",
     "DenoisingQueries",
     "DetectorOutputs",
     "ImageProcessor",

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from . import deformable_detr_config, deformable_detr_weights
 from .config import DetectorConfig
+from .deformable_detr import DeformableDETR
+from .deformable_detr_config import DeformableDETRConfig
 from .detector import Detector
 from .rt_detr import RTDETR
 from .rt_detr_config import PUBLISHED, RTDETRConfig, RTDETRv2Config
@@ -28,14 +31,22 @@ class Family(NamedTuple):
 FAMILIES = {
     "rt_detr": Family(RTDETRConfig, RTDETR, hub_names, inferred),
     "rt_detr_v2": Family(RTDETRv2Config, RTDETR, hub_names, inferred),
+    "deformable_detr": Family(
+        DeformableDETRConfig,
+        DeformableDETR,
+        deformable_detr_weights.hub_names,
+        deformable_detr_weights.inferred,
+    ),
 }
 
 # Published models by their names on the hub.
-CONFIGS: dict[str, DetectorConfig] = {**PUBLISHED}
+CONFIGS: dict[str, DetectorConfig] = {**PUBLISHED, **deformable_detr_config.PUBLISHED}
 
 
 def model_type_of(state: State) -> str:
     """The family whose weights a checkpoint without a configuration holds."""
+    if any(name.endswith(".level_embed") for name in state):
+        return "deformable_detr"
     if any(name.endswith("n_points_scale") for name in state):
         return "rt_detr_v2"
     return "rt_detr"

@@ -18,6 +18,7 @@ from .detector import Detector, check_pixels
 from .hybrid_encoder import HybridEncoder
 from .layers import FrozenBatchNorm, box_head, chain, flatten
 from .outputs import DenoisingQueries, DetectorOutputs, LayerOutputs, split
+from .pyramid import Pyramid
 from .rt_detr_config import RTDETRConfig
 from .selection import anchors, best, take
 
@@ -147,7 +148,7 @@ class RTDETRModel(nn.Module):
         self, memory: mx.array, shapes: list[tuple[int, int]]
     ) -> tuple[mx.array, mx.array, tuple[mx.array, mx.array]]:
         """The queries to begin with, their boxes' logits, and what the encoder proposes there."""
-        boxes, valid = anchors(shapes)
+        boxes, valid = anchors(Pyramid(shapes))
         features = chain(self.enc_output, mx.where(valid, memory, 0))
         logits = self.enc_score_head(features)
         places = best(logits.max(axis=-1), self._config.num_queries)

@@ -49,13 +49,15 @@ def count(state: Mapping[str, Any], prefix: str) -> int:
 
 
 def inferred_resnet(state: Mapping[str, Any], prefix: str) -> ResNetConfig:
-    """The sizes of a ResNet-D."""
+    """The sizes of a ResNet-D, or of a plain ResNet: its stem is one convolution."""
+    stem = f"{prefix}.embedder.embedder"
+    stem = f"{stem}.2" if f"{stem}.2.convolution.weight" in state else stem
     stages = f"{prefix}.encoder.stages"
     depths = [count(state, f"{stages}.{i}.layers") for i in range(count(state, stages))]
     convolutions = count(state, f"{stages}.0.layers.0.layer")
     last = f"layers.0.layer.{convolutions - 1}.convolution.weight"
     return ResNetConfig(
-        embedding_size=len(state[f"{prefix}.embedder.embedder.2.convolution.weight"]),
+        embedding_size=len(state[f"{stem}.convolution.weight"]),
         hidden_sizes=tuple(len(state[f"{stages}.{i}.{last}"]) for i in range(len(depths))),
         depths=tuple(depths),
         layer_type="bottleneck" if convolutions == 3 else "basic",

@@ -1,10 +1,9 @@
 """From pixels to queries: anchors of every pixel, and the most promising of them."""
 
-import functools
-from collections.abc import Sequence
-
 import mlx.core as mx
 import numpy as np
+
+from .pyramid import Pyramid
 
 # Width and height of an anchor on the first level, in units of the picture; twice that on the next.
 ANCHOR_SIZE = 0.05
@@ -12,30 +11,26 @@ ANCHOR_SIZE = 0.05
 MARGIN = 0.01
 
 
-@functools.lru_cache(maxsize=32)
-def _anchors(shapes: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
-    boxes = []
-    for level, (height, width) in enumerate(shapes):
-        rows, columns = np.indices((height, width), np.float32)
-        x, y = (columns + np.float32(0.5)) / width, (rows + np.float32(0.5)) / height
-        size = np.full_like(x, ANCHOR_SIZE * 2**level)
-        boxes.append(np.stack([x, y, size, size], axis=-1).reshape(-1, 4))
-    boxes = np.concatenate(boxes)[None]
-    valid = ((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(axis=-1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        logits = np.log(boxes / (1 - boxes))
-    return np.where(valid, logits, np.finfo(np.float32).max), valid
-
-
-def anchors(shapes: Sequence[tuple[int, int]]) -> tuple[mx.array, mx.array]:
-    """A box around every pixel of maps of these sizes (H, W), large to small.
+def anchors(pyramid: Pyramid) -> tuple[mx.array, mx.array]:
+    """A box around every pixel of a batch's maps.
 
     Returns:
-        tuple: float32 logits of (cx, cy, w, h), of shape ``(1, S, 4)``, the largest float32 where
-        the box is of no use; and boolean ``(1, S, 1)``, whether it is of use.
+        tuple: float32 logits of (cx, cy, w, h), of shape ``(N, S, 4)``, the largest float32 where
+        the box is of no use; and boolean ``(N, S, 1)``, whether it is of use. Without padding
+        ``N`` is 1.
     """
-    logits, valid = _anchors(tuple(tuple(shape) for shape in shapes))
-    return mx.array(logits), mx.array(valid)
+    centres = pyramid.centres
+    sizes = [
+        np.full((h * w, 2), ANCHOR_SIZE * 2**level, np.float32)
+        for level, (h, w) in enumerate(pyramid.shapes)
+    ]
+    sizes = mx.broadcast_to(mx.array(np.concatenate(sizes)), centres.shape)
+    boxes = mx.concatenate([centres, sizes], axis=-1)
+    valid = ((boxes > MARGIN) & (boxes < 1 - MARGIN)).all(axis=-1, keepdims=True)
+    if pyramid.mask is not None:
+        valid &= mx.logical_not(pyramid.mask)[..., None]
+    logits = mx.log(boxes / (1 - boxes))
+    return mx.where(valid, logits, mx.finfo(mx.float32).max), valid
 
 
 def best(scores: mx.array, count: int) -> mx.array:

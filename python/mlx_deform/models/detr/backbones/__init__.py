@@ -7,6 +7,7 @@ maps of the stages ``config.out_indices`` to the list.
 
 from typing import NamedTuple
 
+from .plain_resnet import PlainResNet, PlainResNetConfig
 from .resnet import ResNet, ResNetConfig
 
 
@@ -16,5 +17,6 @@ class Backbone(NamedTuple):
 
 
 BACKBONES = {
+    "resnet": Backbone(PlainResNetConfig, PlainResNet),
     "rt_detr_resnet": Backbone(ResNetConfig, ResNet),
 }

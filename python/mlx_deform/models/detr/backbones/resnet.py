@@ -134,13 +134,15 @@ class Stages(nn.Module):
 class ResNet(nn.Module):
     """The stem, then four stages of blocks, each but the first at half the size before it."""
 
+    stem, first_block = Stem, FirstBlock
+
     def __init__(self, config: ResNetConfig, norm: type):
         super().__init__()
-        self.embedder = Stem(config, norm)
+        self.embedder = self.stem(config, norm)
         stages = []
         in_channels, stride = config.embedding_size, 2 if config.downsample_in_first_stage else 1
         for channels, depth in zip(config.hidden_sizes, config.depths, strict=True):
-            blocks = [FirstBlock(config, in_channels, channels, stride, norm)]
+            blocks = [self.first_block(config, in_channels, channels, stride, norm)]
             blocks += [Block(config, channels, channels, 1, norm) for _ in range(depth - 1)]
             stages.append(Stage(blocks))
             in_channels, stride = channels, 2
