@@ -75,6 +75,8 @@ def random_arrays(counts, queries, rng, *, corners=False, denoising=True):
         "encoder_boxes": random_boxes(rng, pictures, queries),
     }
     if corners:
+        # Distances of edges may give boxes beyond the picture, and sizes below zero.
+        arrays["boxes"] = 1.6 * arrays["boxes"] - np.float32(0.2)
         arrays |= {
             "corners": normal(*shape, 4 * (BINS + 1)),
             "references": random_boxes(rng, *shape),

@@ -587,7 +587,7 @@ def test_wrong_calls_are_refused():
         criterion_of(rt_detr_config())(outputs_of(arrays, 0), targets[:2])
     with pytest.raises(ValueError, match="queries that the model was given; got None"):
         criterion_of(rt_detr_config())(outputs_of(arrays, 4), targets)
-    with pytest.raises(ValueError, match="model_type must be .*; got yolo"):
+    with pytest.raises(ValueError, match=r"model_type must be .*; got yolo"):
         criterion_of(SimpleNamespace(model_type="yolo"))
 
 

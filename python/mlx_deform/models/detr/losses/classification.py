@@ -38,7 +38,7 @@ def varifocal_loss(
     """Varifocal loss: the probability of an object's class shall be how well its box fits.
 
     Cross-entropy with the scores; what is there is weighted by its score, what isn't by
-    ``alpha * p**gamma``, ``p`` the probability. Weights have no gradient. Zhang et al.,
+    ``alpha * p**gamma``, ``p`` the probability. Weights and scores have no gradient. Zhang et al.,
     "VarifocalNet", arXiv:2008.13367; as in RT-DETR, arXiv:2304.08069.
 
     Args:
@@ -51,8 +51,7 @@ def varifocal_loss(
     Returns:
         array: The loss of each element, of that shape.
     """
+    scores = mx.stop_gradient(scores)
     probability = mx.stop_gradient(mx.sigmoid(logits))
-    weights = mx.stop_gradient(alpha * probability**gamma * (1 - targets) + scores)
-    return weights * nn.losses.binary_cross_entropy(
-        logits, mx.stop_gradient(scores), reduction="none"
-    )
+    weights = alpha * probability**gamma * (1 - targets) + scores
+    return weights * nn.losses.binary_cross_entropy(logits, scores, reduction="none")
