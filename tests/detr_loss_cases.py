@@ -6,6 +6,7 @@ transformers' losses run in float64, on the values that float32 holds.
 import mlx.core as mx
 import numpy as np
 import torch
+from transformers.loss import loss_d_fine
 
 from mlx_deform.models.detr.losses import draw_noise
 from mlx_deform.models.detr.outputs import (
@@ -173,6 +174,16 @@ def patched_noise(monkeypatch, noise):
     monkeypatch.setattr(
         torch, "randint_like", lambda x, low, high, dtype=None: take(integers, x, dtype)
     )
+
+
+def patched_distances(monkeypatch):
+    """transformers finds D-FINE's bins in float32 only; the rest of its loss runs in float64."""
+    original = loss_d_fine.bbox2distance
+
+    def bbox2distance(points, boxes, *settings):
+        return (x.double() for x in original(points.float(), boxes.float(), *settings))
+
+    monkeypatch.setattr(loss_d_fine, "bbox2distance", bbox2distance)
 
 
 def noise_for(targets, places, seed, classes=CLASSES):

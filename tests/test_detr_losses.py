@@ -27,6 +27,7 @@ from detr_loss_cases import (
     meta_of,
     noise_for,
     outputs_of,
+    patched_distances,
     patched_noise,
     random_arrays,
     random_boxes,
@@ -105,13 +106,7 @@ def deformable_detr_config(**options):
 
 @pytest.fixture
 def distances_in_float32(monkeypatch):
-    """transformers finds D-FINE's bins in float32 only; the rest of its loss runs in float64."""
-    original = loss_d_fine.bbox2distance
-
-    def bbox2distance(points, boxes, *settings):
-        return (x.double() for x in original(points.float(), boxes.float(), *settings))
-
-    monkeypatch.setattr(loss_d_fine, "bbox2distance", bbox2distance)
+    patched_distances(monkeypatch)
 
 
 def check(actual, total, parts, gradients):
