@@ -8,7 +8,7 @@ from ..boxes import generalized_iou, iou, to_corners
 from ..outputs import DenoisingQueries, DetectorOutputs, LayerOutputs, Target
 from .classification import varifocal_loss
 from .denoising import denoising_matches
-from .matching import MatchingCosts, Pairs, Prediction, check_targets, match, pairs_of
+from .matching import Match, MatchingCosts, Pairs, Prediction, check_targets, match, pairs_of
 
 
 def at_places(x: mx.array, pairs: Pairs) -> mx.array:
@@ -162,7 +162,7 @@ class Criterion:
                 predictions[f"_aux_{last}"] = Prediction(*outputs.encoder)
         return predictions
 
-    def box_matches(self, matches):
+    def box_matches(self, matches: dict[str, list[Match]]) -> list[Match] | None:
         """The matches of the losses of boxes; None if they are those of the classes."""
         return None
 

@@ -26,9 +26,10 @@ class DFINECriterion(RTDETRCriterion):
 
     Beside RT-DETR's losses, the fine-grained localisation loss of every decoder layer, and the
     distillation of the last layer into the others. Boxes and edges of all depths are held to the
-    union of the matches of all depths. Distillation weighs matched and other queries by the
-    roots of their numbers, of denoising queries by those of their own. ``_pre`` marks the boxes before the first layer's
-    distributions, ``_enc_0`` the encoder's proposals.
+    union of the matches of all depths. ``_pre`` marks the boxes before the first layer's
+    distributions, ``_enc_0`` the encoder's proposals. Distillation weighs matched and other
+    queries by the roots of their numbers; those of denoising queries are their own, as in
+    ``transformers``.
 
     Args:
         config: D-FINE's configuration.

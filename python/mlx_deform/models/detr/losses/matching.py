@@ -196,7 +196,7 @@ def match(
         if not fine.item():
             raise ValueError(
                 f"[criterion] predictions must be finite; got NaN or infinity in the {part} of "
-                f"the prediction {name!r}: the model has probably diverged"
+                f"{name or 'the last layer'}: the model has probably diverged"
             )
     return {
         name: [
