@@ -33,13 +33,14 @@ BACKBONES = {
 class BiRefNetConfig:
     """What differs between the published models.
 
-    backbone: the sizes of the Swin transformer.
-    size: height and width that pictures are resized to; multiples of 32.
-    patch_order: how the decoder's patches of the image are stacked as channels: "channels"
-        is (c hg wg), BiRefNet's own since November 2024; "columns" is (wg hg c), that of its
-        earlier code and of RMBG-2.0. A checkpoint doesn't say which it was trained with.
-    drop_path: the last block's chance to be skipped in training; earlier ones have less.
-    dropout: of the decoder's features in training.
+    Attributes:
+        backbone: the sizes of the Swin transformer.
+        size: height and width that pictures are resized to; multiples of 32.
+        patch_order: how the decoder's patches of the image are stacked as channels: "channels"
+            is (c hg wg), BiRefNet's own since November 2024; "columns" is (wg hg c), that of
+            its earlier code and of RMBG-2.0. A checkpoint doesn't say which it was trained with.
+        drop_path: the last block's chance to be skipped in training; earlier ones have less.
+        dropout: of the decoder's features in training.
     """
 
     backbone: SwinConfig = BACKBONES["swin_v1_l"]

@@ -24,10 +24,11 @@ GRADIENT_CHANNELS = 16
 class TrainingOutputs(NamedTuple):
     """What the model gives in training; logits and maps have one channel.
 
-    predictions: the mask's logits at 1/32, 1/16, 1/8 and at the full size of the image.
-    gradient_predictions: logits of where the image has fine detail, at 1/32, 1/16, 1/8.
-    gradient_labels: what their sigmoids are compared with after a sigmoid: the Laplacian of the
-        image times the mask's logits of the same level, at the full size.
+    Attributes:
+        predictions: the mask's logits at 1/32, 1/16, 1/8 and at the full size of the image.
+        gradient_predictions: logits of where the image has fine detail, at 1/32, 1/16, 1/8.
+        gradient_labels: what their sigmoids are compared with after a sigmoid: the Laplacian of
+            the image times the mask's logits of the same level, at the full size.
     """
 
     predictions: list[mx.array]
