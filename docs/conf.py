@@ -1,3 +1,4 @@
+"""Sphinx: `pip install ".[docs]" && sphinx-build docs docs/_build`."""
 
 import importlib.metadata
 
