@@ -2,7 +2,8 @@
 
 Weights, biases and batch statistics are drawn at random, so that none hides another. Names and
 shapes of the whole state dict must be the same; differences are the largest of all layers of the
-decoder, of logits and of boxes (in units of the picture).
+decoder, of logits and of boxes (in units of the picture). Deformable DETR gets two pictures, one of
+them padded.
 """
 
 import argparse
@@ -35,42 +36,51 @@ def parse_arguments(arguments):
     return options
 
 
-def compare(config, pixels):
+def compare(config, height, width):
     """Parameters in millions, and the largest differences of logits and boxes."""
     import mlx.core as mx
     import torch
     import transformers
     from mlx.utils import tree_flatten
 
-    from detr_twin import assert_same_state, channels_first, differences, twin
+    import deformable_detr_twin as deformable
+    from detr_twin import assert_same_state, channels_first, differences, pictures, twin
 
-    theirs, ours = twin(transformers.AutoConfig.for_model(**config.to_json()))
+    theirs_config = transformers.AutoConfig.for_model(**config.to_json())
+    if config.model_type == "deformable_detr":
+        theirs, ours = deformable.deformable_twin(theirs_config)
+        pixels, mask = deformable.padded(height, width)
+        with torch.no_grad():
+            reference = deformable.call(theirs, pixels, mask)
+        found = deformable.deformable_differences(deformable.called(ours, pixels, mask), reference)
+    else:
+        theirs, ours = twin(theirs_config)
+        pixels = pictures(height, width)
+        with torch.no_grad():
+            reference = theirs(channels_first(pixels))
+        found = differences(ours(mx.array(pixels)), reference)
     assert_same_state(ours, theirs)
-    outputs = ours(mx.array(pixels))
-    with torch.no_grad():
-        reference = theirs(channels_first(pixels))
     parameters = sum(array.size for _, array in tree_flatten(ours.parameters()))
-    return parameters / 1e6, *differences(outputs, reference)
+    return parameters / 1e6, *found
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
     import torch
 
-    from detr_twin import TOLERANCE, pictures
+    from detr_twin import TOLERANCE
     from mlx_deform.models.detr import config_of
 
     torch.set_num_threads(options.threads)
-    pixels = pictures(options.height, options.width)
     print(f"{options.height}x{options.width}, float32; differences at most {TOLERANCE:g}")
-    print(f"{'model':32} {'parameters':>10} {'logits':>8} {'boxes':>8}")
+    print(f"{'model':42} {'parameters':>10} {'logits':>8} {'boxes':>8}")
     fits = True
     for name in options.names:
-        millions, logits, boxes = compare(config_of(name), pixels)
+        millions, logits, boxes = compare(config_of(name), options.height, options.width)
         same = logits <= TOLERANCE and boxes <= TOLERANCE
         fits &= same
         verdict = "" if same else "  differs"
-        print(f"{name:32} {millions:9.1f}M {logits:8.1e} {boxes:8.1e}{verdict}", flush=True)
+        print(f"{name:42} {millions:9.1f}M {logits:8.1e} {boxes:8.1e}{verdict}", flush=True)
     return 0 if fits else 1
 
 

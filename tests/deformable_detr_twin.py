@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import transformers
 
-from detr_twin import SCORE_SCALE, channels_first, pictures, port, randomise
+from detr_twin import SCORE_SCALE, channels_first, largest_difference, pictures, port, randomise
 
 
 def deformable_twin(config, seed=0):
@@ -16,11 +16,23 @@ def deformable_twin(config, seed=0):
     if config.with_box_refine and not config.two_stage:
         # As in the published files; transformers ties those that it makes itself.
         theirs.class_embed = torch.nn.ModuleList(map(copy.deepcopy, theirs.class_embed))
+    if config.dilation:
+        dilate(theirs.model.backbone.model.encoder.stages[-1].layers)
     randomise(theirs, seed)
     if config.two_stage:
         with torch.no_grad():
             theirs.class_embed[-1].weight.mul_(SCORE_SCALE)
     return theirs.eval(), port(theirs)
+
+
+def dilate(blocks):
+    """A stage's blocks as torchvision and timm dilate them; transformers leaves ResNets to timm."""
+    for index, block in enumerate(blocks):
+        for module in block.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (min(index, 1) + 1,) * 2
 
 
 def padded(height, width, count=2, seed=0):
@@ -53,3 +65,11 @@ def call(theirs, pixels, mask=None):
 
 def called(ours, pixels, mask=None):
     return ours(mx.array(pixels), None if mask is None else mx.array(mask))
+
+
+def deformable_differences(outputs, theirs):
+    """The largest differences of logits and boxes, over all layers of the decoder."""
+    return (
+        largest_difference(outputs.layers.logits, theirs.layer_logits),
+        largest_difference(outputs.layers.boxes, theirs.layer_boxes),
+    )

@@ -39,6 +39,7 @@ from mlx_deform.models.detr import (
 )
 from mlx_deform.models.detr.config import labels_of
 from mlx_deform.models.detr.families import CONFIGS
+from mlx_deform.models.detr.pyramid import Pyramid
 from mlx_deform.models.detr.rt_detr_weights import hub_names
 from mlx_deform.models.detr.selection import anchors
 from mlx_deform.models.layers import BatchNorm
@@ -274,7 +275,7 @@ def test_a_new_model_finds_nothing():
     assert mx.sigmoid(outputs.encoder[0]).mean().item() < 0.05
     # Boxes are the anchors, through every layer.
     shapes = [(12, 20), (6, 10), (3, 5)]
-    known = mx.sigmoid(anchors(shapes)[0])[0]
+    known = mx.sigmoid(anchors(Pyramid(shapes))[0])[0]
     distances = mx.abs(outputs.layers.boxes[0, :, :, None] - known).max(axis=-1).min(axis=-1)
     assert distances.max().item() < 1e-5
 
