@@ -50,6 +50,7 @@ class DetectorConfig:
 
     model_type: ClassVar[str] = ""
     architecture: ClassVar[str] = ""
+    default_backbone: ClassVar[str] = "rt_detr_resnet"
 
     backbone_config: BackboneConfig = field(default_factory=BackboneConfig)
     id2label: dict[int, str] = field(default_factory=lambda: dict(enumerate(COCO)))
@@ -79,7 +80,7 @@ class DetectorConfig:
 
         settings = {**json, "id2label": labels_of(json)}
         backbone = settings.pop("backbone_config", None) or {}
-        kind = backbone.get("model_type", "rt_detr_resnet")
+        kind = backbone.get("model_type", cls.default_backbone)
         if kind not in BACKBONES:
             raise ValueError(
                 f"[detr] backbone_config.model_type must be one of {', '.join(BACKBONES)}; "

@@ -7,6 +7,10 @@ from . import deformable_detr_config, deformable_detr_weights
 from .config import DetectorConfig
 from .deformable_detr import DeformableDETR
 from .deformable_detr_config import DeformableDETRConfig
+from . import d_fine_weights
+from .d_fine import DFINE
+from .d_fine_config import PUBLISHED as D_FINE
+from .d_fine_config import DFineConfig
 from .detector import Detector
 from .rt_detr import RTDETR
 from .rt_detr_config import PUBLISHED, RTDETRConfig, RTDETRv2Config
@@ -41,12 +45,16 @@ FAMILIES = {
 
 # Published models by their names on the hub.
 CONFIGS: dict[str, DetectorConfig] = {**PUBLISHED, **deformable_detr_config.PUBLISHED}
+    "d_fine": Family(DFineConfig, DFINE, d_fine_weights.hub_names, d_fine_weights.inferred),
+CONFIGS: dict[str, DetectorConfig] = {**PUBLISHED, **D_FINE}
 
 
 def model_type_of(state: State) -> str:
     """The family whose weights a checkpoint without a configuration holds."""
     if any(name.endswith(".level_embed") for name in state):
         return "deformable_detr"
+    if any(".lqe_layers." in name for name in state):
+        return "d_fine"
     if any(name.endswith("n_points_scale") for name in state):
         return "rt_detr_v2"
     return "rt_detr"

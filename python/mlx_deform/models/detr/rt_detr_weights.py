@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .backbones.resnet import ResNetConfig
+from .config import labels_of
+from .labels import COCO
 from .rt_detr_config import RTDETRConfig, RTDETRv2Config
 
 # What transformers 5 calls its modules, and the names in the hub's files and in ours.
@@ -64,6 +66,11 @@ def inferred_resnet(state: Mapping[str, Any], prefix: str) -> ResNetConfig:
     )
 
 
+def labels_told(count: int) -> dict[str, Any]:
+    """The setting of so many classes: COCO's, or without names."""
+    return {} if count == len(COCO) else {"id2label": labels_of({"num_labels": count})}
+
+
 def inferred(state: Mapping[str, Any]) -> RTDETRConfig:
     """The configuration that the shapes tell; what they don't is that of the published models."""
     backbone = inferred_resnet(state, "model.backbone.model")
@@ -78,7 +85,6 @@ def inferred(state: Mapping[str, Any]) -> RTDETRConfig:
     encoder_dim = hidden[1] // 2
     maps = count(state, "model.encoder_input_proj")
     attended = count(state, "model.encoder.encoder")
-    names = {} if labels == 80 else {"id2label": {i: f"LABEL_{i}" for i in range(labels)}}
     return (RTDETRv2Config if scales in state else RTDETRConfig)(
         backbone_config=backbone,
         d_model=d_model,
@@ -98,5 +104,5 @@ def inferred(state: Mapping[str, Any]) -> RTDETRConfig:
         hidden_expansion=hidden[0] / encoder_dim,
         learn_initial_query="model.weight_embedding.weight" in state,
         num_denoising=100 if "model.denoising_class_embed.weight" in state else 0,
-        **names,
+        **labels_told(labels),
     )

@@ -7,6 +7,7 @@ maps of the stages ``config.out_indices`` to the list.
 
 from typing import NamedTuple
 
+from .hgnet_v2 import HGNetV2, HGNetV2Config
 from .plain_resnet import PlainResNet, PlainResNetConfig
 from .resnet import ResNet, ResNetConfig
 
@@ -18,5 +19,6 @@ class Backbone(NamedTuple):
 
 BACKBONES = {
     "resnet": Backbone(PlainResNetConfig, PlainResNet),
+    "hgnet_v2": Backbone(HGNetV2Config, HGNetV2),
     "rt_detr_resnet": Backbone(ResNetConfig, ResNet),
 }

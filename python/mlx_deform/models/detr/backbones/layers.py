@@ -33,7 +33,7 @@ class ConvLayer(nn.Module):
             out_channels,
             kernel_size,
             stride,
-            padding=kernel_size // 2,
+            padding=(kernel_size - 1) // 2,
             groups=groups,
             bias=False,
         )
@@ -42,3 +42,11 @@ class ConvLayer(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._activation(self.normalization(self.convolution(x)))
+
+
+class Stages(nn.Module):
+    """The stages of a backbone, under their name in the hub's files."""
+
+    def __init__(self, stages: list[nn.Module]):
+        super().__init__()
+        self.stages = stages

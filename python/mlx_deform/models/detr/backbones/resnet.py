@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..config import BackboneConfig
 from ..layers import activation, chain
-from .layers import ConvLayer
+from .layers import ConvLayer, Stages
 
 # A bottleneck's inner convolution has so many times fewer channels.
 REDUCTION = 4
@@ -123,12 +123,6 @@ class Stage(nn.Module):
     def __init__(self, blocks: list[Block]):
         super().__init__()
         self.layers = blocks
-
-
-class Stages(nn.Module):
-    def __init__(self, stages: list[Stage]):
-        super().__init__()
-        self.stages = stages
 
 
 class ResNet(nn.Module):
