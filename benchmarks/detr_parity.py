@@ -56,6 +56,7 @@ def compare(config, height, width):
     else:
         theirs, ours = twin(theirs_config)
         pixels = pictures(height, width)
+        theirs.model.decoder.training = True  # D-FINE's then gives every layer's predictions
         with torch.no_grad():
             reference = theirs(channels_first(pixels))
         found = differences(ours(mx.array(pixels)), reference)

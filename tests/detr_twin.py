@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
-from mlx_deform.models.detr import load_weights, model_of
+from mlx_deform.models.detr import DenoisingQueries, load_weights, model_of
 from mlx_deform.models.detr.families import FAMILIES
 from mlx_deform.models.detr.weights import unwrapped
 from mlx_deform.nn.checkpoints import IGNORED, torch_weights
@@ -110,6 +110,9 @@ def differences(outputs, theirs):
         order = mx.array(same_order(outputs.encoder[1], theirs.enc_topk_bboxes))
         got = [mx.take_along_axis(array, order[:, None, :, None], axis=2) for array in got]
     want = theirs.intermediate_logits, theirs.intermediate_reference_points
+    if getattr(theirs, "intermediate_predicted_corners", None) is not None:
+        # D-FINE's first entry, in training alone, comes before the layers' own.
+        want = [tensor[:, -outputs.layers.logits.shape[1] :] for tensor in want]
     return tuple(largest_difference(*pair) for pair in zip(got, want, strict=True))
 
 
@@ -135,3 +138,47 @@ def assert_same_state(ours, theirs):
     }
     got = {name: tuple(array.shape) for name, array in torch_weights(ours).items()}
     assert got == want
+
+
+class Recorder:
+    """transformers' denoising queries: made at random once, then the same in every call."""
+
+    def __init__(self, module, monkeypatch):
+        self.make = module.get_contrastive_denoising_training_group
+        self.made = None
+        monkeypatch.setattr(module, self.make.__name__, self)
+
+    def __call__(self, class_embed=None, **settings):
+        if self.made is None:
+            self.made = self.make(class_embed=self.embed, **settings)
+        _, boxes, mask, meta = self.made
+        queries = class_embed(self.labels)
+        return queries, boxes.to(queries.dtype), mask.to(queries.dtype), meta
+
+    def embed(self, labels):
+        self.labels = labels
+        return labels
+
+    @property
+    def queries(self):
+        """As ours takes them."""
+        _, boxes, mask, meta = self.made
+        return DenoisingQueries(
+            mx.array(self.labels.numpy()),
+            mx.array(boxes.numpy()),
+            mx.array(mask.numpy() < 0),
+            [places.numpy() for places in meta["dn_positive_idx"]],
+            meta["dn_num_group"],
+        )
+
+
+def random_sum(arrays):
+    """The sum of all numbers, each times a random one; the same ones in every call."""
+    rng = np.random.default_rng(1)
+    total = 0
+    for array in arrays:
+        weights = rng.standard_normal(array.shape).astype(np.float32)
+        total = (
+            total + (array * (mx if isinstance(array, mx.array) else torch).asarray(weights)).sum()
+        )
+    return total

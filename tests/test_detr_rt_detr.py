@@ -17,6 +17,7 @@ from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
 from detr_twin import (
     TOLERANCE,
+    Recorder,
     assert_same_state,
     channels_first,
     differences,
@@ -24,11 +25,11 @@ from detr_twin import (
     largest_difference,
     pictures,
     port,
+    random_sum,
     twin,
 )
 from mlx_deform.models.detr import (
     RTDETR,
-    DenoisingQueries,
     RTDETRConfig,
     RTDETRv2Config,
     config_of,
@@ -138,38 +139,6 @@ def test_names_and_shapes(case):
 # Training
 
 
-class Recorder:
-    """transformers' denoising queries: made at random once, then the same in every call."""
-
-    def __init__(self, module, monkeypatch):
-        self.make = module.get_contrastive_denoising_training_group
-        self.made = None
-        monkeypatch.setattr(module, self.make.__name__, self)
-
-    def __call__(self, class_embed=None, **settings):
-        if self.made is None:
-            self.made = self.make(class_embed=self.embed, **settings)
-        _, boxes, mask, meta = self.made
-        queries = class_embed(self.labels)
-        return queries, boxes.to(queries.dtype), mask.to(queries.dtype), meta
-
-    def embed(self, labels):
-        self.labels = labels
-        return labels
-
-    @property
-    def queries(self):
-        """As ours takes them."""
-        _, boxes, mask, meta = self.made
-        return DenoisingQueries(
-            mx.array(self.labels.numpy()),
-            mx.array(boxes.numpy()),
-            mx.array(mask.numpy() < 0),
-            [places.numpy() for places in meta["dn_positive_idx"]],
-            meta["dn_num_group"],
-        )
-
-
 TARGETS = [
     {
         "class_labels": torch.tensor([1, 3, 2]),
@@ -177,18 +146,6 @@ TARGETS = [
     },
     {"class_labels": torch.tensor([4]), "boxes": torch.tensor([[0.4, 0.5, 0.3, 0.2]])},
 ]
-
-
-def random_sum(arrays):
-    """The sum of all numbers, each times a random one; the same ones in every call."""
-    rng = np.random.default_rng(1)
-    total = 0
-    for array in arrays:
-        weights = rng.standard_normal(array.shape).astype(np.float32)
-        total = (
-            total + (array * (mx if isinstance(array, mx.array) else torch).asarray(weights)).sum()
-        )
-    return total
 
 
 def gradients_of_theirs(theirs, pixels):

@@ -3,18 +3,22 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from . import deformable_detr_config, deformable_detr_weights
+from . import (
+    d_fine_config,
+    d_fine_weights,
+    deformable_detr_config,
+    deformable_detr_weights,
+    rt_detr_config,
+    rt_detr_weights,
+)
 from .config import DetectorConfig
+from .d_fine import DFINE
+from .d_fine_config import DFineConfig
 from .deformable_detr import DeformableDETR
 from .deformable_detr_config import DeformableDETRConfig
-from . import d_fine_weights
-from .d_fine import DFINE
-from .d_fine_config import PUBLISHED as D_FINE
-from .d_fine_config import DFineConfig
 from .detector import Detector
 from .rt_detr import RTDETR
-from .rt_detr_config import PUBLISHED, RTDETRConfig, RTDETRv2Config
-from .rt_detr_weights import hub_names, inferred
+from .rt_detr_config import RTDETRConfig, RTDETRv2Config
 
 State = Mapping[str, Any]
 
@@ -33,20 +37,25 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "rt_detr": Family(RTDETRConfig, RTDETR, hub_names, inferred),
-    "rt_detr_v2": Family(RTDETRv2Config, RTDETR, hub_names, inferred),
+    "rt_detr": Family(RTDETRConfig, RTDETR, rt_detr_weights.hub_names, rt_detr_weights.inferred),
+    "rt_detr_v2": Family(
+        RTDETRv2Config, RTDETR, rt_detr_weights.hub_names, rt_detr_weights.inferred
+    ),
     "deformable_detr": Family(
         DeformableDETRConfig,
         DeformableDETR,
         deformable_detr_weights.hub_names,
         deformable_detr_weights.inferred,
     ),
+    "d_fine": Family(DFineConfig, DFINE, d_fine_weights.hub_names, d_fine_weights.inferred),
 }
 
 # Published models by their names on the hub.
-CONFIGS: dict[str, DetectorConfig] = {**PUBLISHED, **deformable_detr_config.PUBLISHED}
-    "d_fine": Family(DFineConfig, DFINE, d_fine_weights.hub_names, d_fine_weights.inferred),
-CONFIGS: dict[str, DetectorConfig] = {**PUBLISHED, **D_FINE}
+CONFIGS: dict[str, DetectorConfig] = {
+    **rt_detr_config.PUBLISHED,
+    **d_fine_config.PUBLISHED,
+    **deformable_detr_config.PUBLISHED,
+}
 
 
 def model_type_of(state: State) -> str:
