@@ -28,7 +28,7 @@ from detr_twin import (
 )
 from mlx_deform.models.detr import (
     DFINE,
-    DFineConfig,
+    DFINEConfig,
     config_of,
     load_model,
     load_weights,
@@ -263,7 +263,7 @@ def test_what_does_not_learn():
 
 
 def test_a_new_model_leaves_boxes():
-    model = DFINE(DFineConfig.from_json(SMALL)).eval()
+    model = DFINE(DFINEConfig.from_json(SMALL)).eval()
     outputs = model(mx.array(pictures(*SIZE)))
     first = outputs.encoder[1][:, None]
     assert mx.allclose(outputs.initial.boxes, first, atol=1e-5)
@@ -313,13 +313,13 @@ def test_compiled_and_by_steps():
 
 def test_configurations():
     theirs = transformers.DFineConfig(num_labels=80, id2label=config_of("dfine-l").id2label)
-    assert DFineConfig.from_json(theirs.to_dict()) == DFineConfig()
-    assert DFineConfig.from_json({}) == DFineConfig()
+    assert DFINEConfig.from_json(theirs.to_dict()) == DFINEConfig()
+    assert DFINEConfig.from_json({}) == DFINEConfig()
     for name, config in PUBLISHED.items():
         assert config_of(f"ustc-community/{name}") is config
-        assert DFineConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+        assert DFINEConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
         back = transformers.DFineConfig.from_dict(config.to_json()).to_dict()
-        assert DFineConfig.from_json(back) == config
+        assert DFINEConfig.from_json(back) == config
     assert config_of("dfine-n") is config_of("dfine-nano-coco")
     assert config_of("dfine-small-obj365").num_labels == 366
 
@@ -370,10 +370,10 @@ def test_errors():
     with pytest.raises(ValueError, match=r"decoder.up' must have shape \(1,\)"):
         load_weights(ours, state)
     with pytest.raises(ValueError, match="layer_scale must be 1"):
-        DFineConfig(layer_scale=2)
+        DFINEConfig(layer_scale=2)
     with pytest.raises(ValueError, match="num_feature_levels must be the number of"):
-        DFineConfig(num_feature_levels=4)
+        DFINEConfig(num_feature_levels=4)
     with pytest.raises(ValueError, match="eval_idx must be one of the decoder_layers, 6; got 6"):
-        DFineConfig(eval_idx=6)
+        DFINEConfig(eval_idx=6)
     with pytest.raises(ValueError, match="mask must be None"):
         ours(mx.zeros((1, 96, 96, 3)), mask=mx.zeros((1, 96, 96), mx.bool_))

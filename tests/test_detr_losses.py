@@ -34,13 +34,14 @@ from detr_loss_cases import (
     run_criterion,
     targets_of,
 )
+from mlx_deform.models.detr.d_fine_layers import bin_distances
 from mlx_deform.models.detr.losses import (
     criterion_of,
     denoising_layout,
     denoising_queries,
     sigmoid_focal_loss,
 )
-from mlx_deform.models.detr.losses.distribution import bin_distances, edge_distances, two_bins
+from mlx_deform.models.detr.losses.distribution import edge_distances, two_bins
 from mlx_deform.models.detr.losses.matching import Prediction, match, union
 from mlx_deform.models.detr.outputs import Target
 from numerics import EPS

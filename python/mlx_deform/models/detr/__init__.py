@@ -1,7 +1,7 @@
 """Detectors of the DETR family in MLX: RT-DETR, RT-DETRv2, D-FINE and Deformable DETR."""
 
 from .d_fine import DFINE
-from .d_fine_config import DFineConfig
+from .d_fine_config import DFINEConfig
 from .deformable_detr import DeformableDETR
 from .deformable_detr_config import DeformableDETRConfig
 from .families import config_of, model_of
@@ -14,7 +14,7 @@ from .weights import load_model, load_weights, read_config, save_model
 __all__ = [
     "DFINE",
     "RTDETR",
-    "DFineConfig",
+    "DFINEConfig",
     "DeformableDETR",
     "DeformableDETRConfig",
     "DenoisingQueries",

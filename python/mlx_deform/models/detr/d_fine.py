@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ...nn import MultiScaleDeformableAttention
 from .boxes import inverse_sigmoid
 from .config import HybridConfig
-from .d_fine_config import DFineConfig
+from .d_fine_config import DFINEConfig
 from .d_fine_layers import DFineEncoder, Gate, LocationQuality, bin_distances, move_edges
 from .decoder import DecoderLayer, Shapes
 from .layers import MLP, box_head
@@ -26,7 +26,7 @@ LARGEST_POSITION = 10
 class DFineDecoderLayer(DecoderLayer):
     """A decoder's layer with a gate behind its deformable attention, which has no projections."""
 
-    def __init__(self, config: DFineConfig):
+    def __init__(self, config: DFINEConfig):
         attention = MultiScaleDeformableAttention(
             config.d_model,
             config.decoder_attention_heads,
@@ -56,7 +56,7 @@ class DFineDecoder(nn.Module):
     checkpoint's and don't learn.
     """
 
-    def __init__(self, config: DFineConfig):
+    def __init__(self, config: DFINEConfig):
         super().__init__()
         D, layers = config.d_model, range(config.decoder_layers)
         self.layers = [DFineDecoderLayer(config) for _ in layers]
@@ -161,7 +161,7 @@ class DFINE(RTDETR):
     """D-FINE: finds and names the objects in pictures.
 
     Args:
-        config (DFineConfig): The sizes, by default those of D-FINE-L. See :func:`config_of`.
+        config (DFINEConfig): The sizes, by default those of D-FINE-L. See :func:`config_of`.
 
     Parameters:
         Named as in the hub's files; see :func:`load_weights`.
@@ -188,10 +188,10 @@ class DFINE(RTDETR):
         Refinement", arXiv:2410.13842; github.com/Peterande/D-FINE.
     """
 
-    def __init__(self, config: DFineConfig | None = None):
-        super().__init__(config or DFineConfig(decoder_n_points=(3, 6, 3)))
+    def __init__(self, config: DFINEConfig | None = None):
+        super().__init__(config or DFINEConfig(decoder_n_points=(3, 6, 3)))
 
-    def make_model(self, config: DFineConfig) -> DFineModel:
+    def make_model(self, config: DFINEConfig) -> DFineModel:
         return DFineModel(config)
 
     def unfreeze(self, *args, **kwargs) -> "DFINE":

@@ -8,7 +8,7 @@ from .config import BackboneConfig, HybridConfig, labels_of
 
 
 @dataclass(frozen=True)
-class DFineConfig(HybridConfig):
+class DFINEConfig(HybridConfig):
     """D-FINE (arXiv:2410.13842). The defaults are transformers', which no published model has."""
 
     model_type: ClassVar[str] = "d_fine"
@@ -33,17 +33,17 @@ class DFineConfig(HybridConfig):
         super().__post_init__()
         if self.layer_scale != 1:
             raise ValueError(
-                "[DFineConfig] layer_scale must be 1, as in every published model; "
+                "[DFINEConfig] layer_scale must be 1, as in every published model; "
                 f"got {self.layer_scale!r}"
             )
         if self.num_feature_levels != len(self.decoder_in_channels):
             raise ValueError(
-                "[DFineConfig] num_feature_levels must be the number of decoder_in_channels, "
+                "[DFINEConfig] num_feature_levels must be the number of decoder_in_channels, "
                 f"{len(self.decoder_in_channels)}; got {self.num_feature_levels}"
             )
         if not -self.decoder_layers <= self.eval_idx < self.decoder_layers:
             raise ValueError(
-                "[DFineConfig] eval_idx must be one of the decoder_layers, "
+                "[DFINEConfig] eval_idx must be one of the decoder_layers, "
                 f"{self.decoder_layers}; got {self.eval_idx}"
             )
 
@@ -90,7 +90,7 @@ _B5 = HGNetV2Config(
 
 # The sizes of transformers' conversion script.
 SIZES = {
-    "nano": DFineConfig(
+    "nano": DFINEConfig(
         backbone_config=replace(_B0, out_indices=(3, 4)),
         d_model=128,
         num_feature_levels=2,
@@ -106,7 +106,7 @@ SIZES = {
         hidden_expansion=0.34,
         depth_mult=0.5,
     ),
-    "small": DFineConfig(
+    "small": DFINEConfig(
         backbone_config=_B0,
         decoder_layers=3,
         decoder_n_points=(3, 6, 3),
@@ -114,15 +114,15 @@ SIZES = {
         hidden_expansion=0.5,
         depth_mult=0.34,
     ),
-    "medium": DFineConfig(
+    "medium": DFINEConfig(
         backbone_config=_B2,
         decoder_layers=4,
         decoder_n_points=(3, 6, 3),
         encoder_in_channels=(384, 768, 1536),
         depth_mult=0.67,
     ),
-    "large": DFineConfig(backbone_config=_B4, decoder_n_points=(3, 6, 3)),
-    "xlarge": DFineConfig(
+    "large": DFINEConfig(backbone_config=_B4, decoder_n_points=(3, 6, 3)),
+    "xlarge": DFINEConfig(
         backbone_config=_B5,
         decoder_n_points=(3, 6, 3),
         decoder_in_channels=(384, 384, 384),

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from .boxes import to_centres
 from .config import HybridConfig
-from .d_fine_config import DFineConfig
+from .d_fine_config import DFINEConfig
 from .hybrid_encoder import CSPRepLayer, HybridEncoder
 from .layers import MLP, ConvNorm, chain
 
@@ -20,7 +20,7 @@ class RepNCSPELAN4(nn.Module):
     The GELAN block of YOLOv9 (arXiv:2402.13616).
     """
 
-    def __init__(self, config: DFineConfig):
+    def __init__(self, config: DFINEConfig):
         super().__init__()
         C, act, eps = config.encoder_hidden_dim, "silu", config.batch_norm_eps
         hidden = round(config.hidden_expansion * C // 2)
@@ -63,7 +63,7 @@ class DFineEncoder(HybridEncoder):
     def downsampling(self, config: HybridConfig) -> nn.Module:
         return SCDown(config.encoder_hidden_dim, config.batch_norm_eps)
 
-    def fusion(self, config: DFineConfig) -> nn.Module:
+    def fusion(self, config: DFINEConfig) -> nn.Module:
         return RepNCSPELAN4(config)
 
 
@@ -90,7 +90,7 @@ class LocationQuality(nn.Module):
     "Generalized Focal Loss V2", arXiv:2011.12885.
     """
 
-    def __init__(self, config: DFineConfig):
+    def __init__(self, config: DFINEConfig):
         super().__init__()
         self._count = config.top_prob_values
         hidden = [config.lqe_hidden_dim] * (config.lqe_layers - 1)
@@ -105,19 +105,19 @@ class LocationQuality(nn.Module):
         return self.reg_conf(statistics.flatten(2).astype(dtype))
 
 
-def bin_distances(max_num_bins: int, up: mx.array, reg_scale: mx.array) -> mx.array:
-    """How far each bin of a distribution moves an edge, the paper's W(n).
+def bin_distances(max_num_bins: int, up: float | mx.array, reg_scale: float | mx.array) -> mx.array:
+    """How far each bin of a distribution moves an edge, the paper's W(n), eq. 5.
 
     Args:
         max_num_bins (int): The number of bins less one, even.
-        up (array): Of shape (1,); the outermost bins are at ``2 * up * reg_scale``.
-        reg_scale (array): Of shape (1,); the curvature: the larger, the flatter in the middle.
+        up (float or array): The two ends are at ``2 * up * reg_scale``, the next ones at
+            ``up * reg_scale``, and from there they near zero geometrically.
+        reg_scale (float or array): The curvature: the larger, the flatter in the middle.
 
     Returns:
         array: float32, of shape ``(max_num_bins + 1,)``, ascending, 0 in the middle.
     """
-    up, reg_scale = mx.abs(up.astype(mx.float32)), mx.abs(reg_scale.astype(mx.float32))
-    bound = up * reg_scale
+    bound = mx.abs(mx.array(up, mx.float32) * mx.array(reg_scale, mx.float32)).reshape(1)
     steps = (bound + 1) ** (2 / (max_num_bins - 2))
     right = mx.concatenate([steps ** mx.arange(1, max_num_bins // 2) - 1, 2 * bound])
     return mx.concatenate([-right[::-1], mx.zeros(1), right])

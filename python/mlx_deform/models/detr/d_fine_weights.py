@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .backbones.hgnet_v2 import HGNetV2Config
-from .d_fine_config import DFineConfig
+from .d_fine_config import DFINEConfig
 from .rt_detr_weights import RENAMED, count, labels_told, renamed, single_heads
 
 # transformers 5 calls the linear layers of a feed-forward network so.
@@ -61,7 +61,7 @@ def points_of(scales: Any) -> tuple[int, ...]:
     return tuple(points)
 
 
-def inferred(state: Mapping[str, Any]) -> DFineConfig:
+def inferred(state: Mapping[str, Any]) -> DFINEConfig:
     """The configuration that the shapes tell; what they don't is that of the published models."""
     decoder, encoder = "model.decoder", "model.encoder"
     attention = f"{decoder}.layers.0.encoder_attn"
@@ -75,7 +75,7 @@ def inferred(state: Mapping[str, Any]) -> DFineConfig:
     hidden = len(state[f"{fusion}.conv2.conv.weight"])
     projected = state.get("model.decoder_input_proj.0.0.weight")
     decoder_in = d_model if projected is None else projected.shape[1]
-    return DFineConfig(
+    return DFINEConfig(
         backbone_config=backbone,
         d_model=d_model,
         num_feature_levels=maps,

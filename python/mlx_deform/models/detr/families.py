@@ -13,7 +13,7 @@ from . import (
 )
 from .config import DetectorConfig
 from .d_fine import DFINE
-from .d_fine_config import DFineConfig
+from .d_fine_config import DFINEConfig
 from .deformable_detr import DeformableDETR
 from .deformable_detr_config import DeformableDETRConfig
 from .detector import Detector
@@ -47,7 +47,7 @@ FAMILIES = {
         deformable_detr_weights.hub_names,
         deformable_detr_weights.inferred,
     ),
-    "d_fine": Family(DFineConfig, DFINE, d_fine_weights.hub_names, d_fine_weights.inferred),
+    "d_fine": Family(DFINEConfig, DFINE, d_fine_weights.hub_names, d_fine_weights.inferred),
 }
 
 # Published models by their names on the hub.

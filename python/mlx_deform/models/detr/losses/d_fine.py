@@ -2,10 +2,10 @@
 
 import mlx.core as mx
 
+from ..d_fine_layers import bin_distances
 from ..outputs import DetectorOutputs, LayerOutputs
 from .criterion import RTDETRCriterion, at_places, ious, layer
 from .distribution import (
-    bin_distances,
     decoupled_distillation_loss,
     edge_distances,
     fine_grained_localization_loss,

@@ -11,19 +11,6 @@ import mlx.nn as nn
 from ..boxes import to_corners
 
 
-def bin_distances(bins: int, up: float, reg_scale: float) -> mx.array:
-    """The distances that the bins stand for, ascending, of shape ``(bins + 1,)``; W(n), eq. 5.
-
-    The two ends are ``2 * up * reg_scale``, the next ones ``up * reg_scale``, and from there
-    they near zero geometrically.
-    """
-    bound = abs(up) * abs(reg_scale)
-    half = bins // 2
-    inner = (bound + 1) ** (mx.arange(half) * (2 / (bins - 2))) - 1
-    right = mx.concatenate([inner[1:], mx.array([2 * bound])])
-    return mx.concatenate([-right[::-1], inner[:1], right])
-
-
 def edge_distances(references: mx.array, boxes: mx.array, reg_scale: float) -> mx.array:
     """How far the edges of boxes are from the references, in ``1 / reg_scale`` of their size.
 
