@@ -218,37 +218,49 @@ def ours_in_training(got):
     return (*layers, *first, *got.encoder)
 
 
+def gradients_of_theirs(theirs, pixels):
+    """Of a random sum of all that is predicted in training, by the hub's names."""
+    theirs.train().zero_grad()
+    random_sum(theirs_in_training(theirs.model(pixels, labels=TARGETS))).backward()
+    parameters = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    return hub_names({n: gradient.clone().numpy() for n, gradient in parameters.items()})
+
+
+def gradients_of_ours(ours, pixels, denoising):
+    def loss(model):
+        return random_sum(ours_in_training(model(pixels, denoising=denoising)))
+
+    _, gradients = nn.value_and_grad(ours.train(), loss)(ours)
+    names = {name for name, _ in tree_flatten(gradients)}
+    return {n: np.array(a) for n, a in torch_weights(ours.update(gradients)).items() if n in names}
+
+
 def test_gradients(monkeypatch):
-    """Of a random sum of all that is predicted in training, with denoising queries."""
+    """With denoising queries: no farther from float64 than transformers' float32 is."""
     theirs, ours = twin(transformers.DFineConfig(**SMALL))
     torch.manual_seed(0)
     recorder = Recorder(modeling_d_fine, monkeypatch)
     pixels = pictures(*SIZE, count=2)
-    theirs.train().model(channels_first(pixels), labels=TARGETS)  # makes the queries, in float32
-    theirs.double().zero_grad()
-    got = theirs.model(channels_first(pixels).double(), labels=TARGETS)
-    random_sum(theirs_in_training(got)).backward()
-    parameters = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    want = hub_names({n: gradient.numpy() for n, gradient in parameters.items()})
-
-    def loss(model):
-        outputs = model(mx.array(pixels), denoising=recorder.queries)
-        return random_sum(ours_in_training(outputs))
-
-    _, gradients = nn.value_and_grad(ours.train(), loss)(ours)
-    names = {name for name, _ in tree_flatten(gradients)}
-    got = {n: np.array(a) for n, a in torch_weights(ours.update(gradients)).items() if n in names}
+    single = gradients_of_theirs(theirs, channels_first(pixels))
+    want = gradients_of_theirs(theirs.double(), channels_first(pixels).double())
+    got = gradients_of_ours(ours, mx.array(pixels), recorder.queries)
     assert got.keys() == want.keys()
-    norms = {name: np.linalg.norm(gradient) for name, gradient in want.items()}
-    floor = 1e-6 * max(norms.values())  # some are zero but for rounding, as of a key's bias
-    errors = {
-        name: np.linalg.norm(got[name] - gradient) / (norms[name] + floor)
-        for name, gradient in want.items()
-    }
+    # Some are zero but for rounding, as of a key's bias.
+    floor = 1e-6 * max(np.linalg.norm(gradient) for gradient in want.values())
+
+    def errors(gradients):
+        return {
+            name: np.linalg.norm(gradients[name] - gradient) / (np.linalg.norm(gradient) + floor)
+            for name, gradient in want.items()
+        }
+
     # Where the sign of an activation is a matter of rounding, float32 is far from the truth.
-    worst = max(errors, key=errors.get)
-    assert errors[worst] <= 0.1, worst
-    assert np.median(list(errors.values())) <= 3e-4
+    ours_, theirs_ = errors(got), errors(single)
+    worst = max(ours_, key=ours_.get)
+    assert ours_[worst] <= 0.1, worst
+    assert np.median(list(ours_.values())) <= 2 * np.median(list(theirs_.values()))
+    heads = [error for name, error in ours_.items() if "decoder.layers.2." in name]
+    assert np.median(heads) <= 3e-4
 
 
 def test_what_does_not_learn():
