@@ -40,12 +40,11 @@ def draw(picture: Image.Image, found: Detections, names: Mapping[int, str]) -> I
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=width)
         text = f"{names.get(int(label), int(label))} {score:.2f}"
         left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-        high = bottom - top + 2 * width
-        corner = max(0, min(x1, picture.width - (right - left))), max(0, y1 - high)
-        pen.rectangle(
-            (*corner, corner[0] + right - left + 2 * width, corner[1] + high), fill=colour
-        )
+        wide, high = right - left + 2 * width, bottom - top + 2 * width
+        x = max(0, min(x1, picture.width - wide))
+        y = max(0, y1 - high)
+        pen.rectangle((x, y, x + wide, y + high), fill=colour)
         dark = sum(colour) < 400
-        at = corner[0] + width - left, corner[1] + width - top
+        at = x + width - left, y + width - top
         pen.text(at, text, fill="white" if dark else "black", font=font)
     return picture

@@ -66,7 +66,7 @@ class ImageProcessor:
         if not isinstance(self.size, Mapping) or set(self.size) not in SIZES:
             rule = ", or ".join(" and ".join(sorted(keys)) for keys in SIZES)
             raise ValueError(f"{TAG} size must have {rule}; got {self.size!r}")
-        if any(not isinstance(side, int) or side < 1 for side in self.size.values()):
+        if any(type(side) is not int or side < 1 for side in self.size.values()):
             raise ValueError(f"{TAG} size must be of positive integers; got {self.size!r}")
         if self.pad_size is not None and set(self.pad_size) != SIZES[0]:
             raise ValueError(f"{TAG} pad_size must have height and width; got {self.pad_size!r}")
@@ -105,7 +105,7 @@ class ImageProcessor:
         settings["image_processor_type"] = base.image_processor_type
         if "pad_and_return_pixel_mask" in settings:
             settings.setdefault("do_pad", settings["pad_and_return_pixel_mask"])
-        if isinstance(settings.get("size"), int):
+        if type(settings.get("size")) is int:
             shortest, longest = settings["size"], settings.get("max_size", 1333)
             settings["size"] = {"shortest_edge": shortest, "longest_edge": longest}
         elif isinstance(settings.get("size"), Mapping):
