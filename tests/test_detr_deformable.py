@@ -76,6 +76,15 @@ CASES = {
 SIZE = (117, 163)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """PyTorch's threads cost more than they bring at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.cache
 def twins(case):
     return deformable_twin(transformers.DeformableDetrConfig(**{**SMALL, **CASES[case]}))
@@ -289,8 +298,7 @@ def test_dropout_in_training():
 # Types, compilation, steps
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("case", ["refine", "two_stage"])
+@pytest.mark.parametrize(("case", "dtype"), [("refine", mx.float16), ("two_stage", mx.bfloat16)])
 def test_half_types(case, dtype):
     theirs, _ = twins(case)
     ours = port(theirs)
@@ -318,7 +326,7 @@ def test_compiled(case):
         assert mx.allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["two_stage", "more_levels"])
 def test_steps(case):
     _, ours = twins(case)
     pixels, mask = map(mx.array, padded(*SIZE))
