@@ -22,6 +22,9 @@ TAG = "[load_torch_weights]"
 # Of files: the first MLX reads, the others are what torch.save writes.
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
+# What data-parallel training and torch.compile put in front of every name.
+WRAPPERS = ("module.", "_orig_mod.")
+
 # Names listed of those that don't fit.
 SHOWN = 8
 
@@ -190,6 +193,17 @@ def read_checkpoint(weights: Any) -> Mapping[str, Any]:
     raise ValueError(
         f"{TAG} weights must be a state dict or the path of a file; got {type(weights).__name__}"
     )
+
+
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with ``module.`` and ``_orig_mod.`` taken off the front of its names."""
+
+    def bare(name):
+        for wrapper in WRAPPERS * 2:
+            name = name.removeprefix(wrapper)
+        return name
+
+    return {bare(name): array for name, array in state.items()}
 
 
 class _Checkpoint:

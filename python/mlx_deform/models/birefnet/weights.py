@@ -12,14 +12,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ...nn import load_torch_weights
-from ...nn.checkpoints import read_checkpoint
+from ...nn.checkpoints import read_checkpoint, unwrapped
 from .config import BACKBONES, BiRefNetConfig, SwinConfig, config_of
 from .model import BiRefNet
 
 TAG = "[BiRefNet]"
-
-# What data-parallel training and torch.compile put in front of every name.
-WRAPPERS = ("module.", "_orig_mod.")
 
 # By backbone: the model that weights are taken for.
 PUBLISHED = {
@@ -31,17 +28,6 @@ PUBLISHED = {
 
 # In the metadata of a file that save_weights wrote: its configuration.
 CONFIG = "birefnet_config"
-
-
-def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict with ``module.`` and ``_orig_mod.`` taken off the front of its names."""
-
-    def bare(name):
-        for wrapper in WRAPPERS * 2:
-            name = name.removeprefix(wrapper)
-        return name
-
-    return {bare(name): array for name, array in state.items()}
 
 
 def backbone_of(state: Mapping[str, Any]) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...nn import load_torch_weights
-from ...nn.checkpoints import read_checkpoint, torch_weights
+from ...nn.checkpoints import read_checkpoint, torch_weights, unwrapped
 from .config import DetectorConfig
 from .detector import Detector
 from .families import FAMILIES, model_of, model_type_of
@@ -18,24 +18,10 @@ from .preprocessing import read_processor
 
 TAG = "[detr]"
 
-# What data-parallel training and torch.compile put in front of every name.
-WRAPPERS = ("module.", "_orig_mod.")
-
 # In a folder.
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 OTHER_WEIGHTS = ("pytorch_model.bin",)
-
-
-def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict with ``module.`` and ``_orig_mod.`` taken off the front of its names."""
-
-    def bare(name):
-        for wrapper in WRAPPERS * 2:
-            name = name.removeprefix(wrapper)
-        return name
-
-    return {bare(name): array for name, array in state.items()}
 
 
 def weights_file(path: str | os.PathLike) -> Path:
