@@ -1,36 +1,15 @@
 """Two small networks that differ in their convolutions alone, with about equal parameters."""
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import nn as deformable
-from .._ext import deform_conv2d
+from ..nn.ordinary import Conv2d
 from .digits import CANVAS
 
 CLASSES = 10
 MEAN, DEVIATION = 0.11, 0.24  # of the images' values
 WIDTHS = {"ordinary": (16, 40, 46), "deformable": (16, 32, 32)}
-
-
-class Conv2d(nn.Conv2d):
-    """MLX's layer; on the CPU a deformable convolution with offsets of zero, which is the same.
-
-    On Linux, where MLX has reference BLAS alone, that is ten times faster.
-    """
-
-    def __call__(self, x):
-        if mx.default_device() == mx.gpu:
-            return super().__call__(x)
-        kernel = self.weight.shape[1:3]
-        sizes = (
-            (size + 2 * padding - taps) // stride + 1
-            for size, padding, taps, stride in zip(
-                x.shape[1:3], self.padding, kernel, self.stride, strict=True
-            )
-        )
-        offset = mx.zeros((x.shape[0], *sizes, 2 * kernel[0] * kernel[1]), x.dtype)
-        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding)
 
 
 class ModulatedDeformConv2d(deformable.ModulatedDeformConv2d):

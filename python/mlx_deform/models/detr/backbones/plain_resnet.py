@@ -10,7 +10,7 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from .layers import ConvLayer
+from .layers import ConvLayer, max_pool
 from .resnet import Block, ResNet, ResNetConfig, Shortcut
 
 
@@ -45,10 +45,9 @@ class PlainStem(nn.Module):
     def __init__(self, config: PlainResNetConfig, norm: type):
         super().__init__()
         self.embedder = ConvLayer(3, config.embedding_size, 7, 2, act=config.hidden_act, norm=norm)
-        self._pool = nn.MaxPool2d(3, stride=2, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._pool(self.embedder(x))
+        return max_pool(self.embedder(x))
 
 
 class PlainFirstBlock(Block):

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..config import BackboneConfig
 from ..layers import activation, chain
-from .layers import ConvLayer, Stages
+from .layers import ConvLayer, Stages, max_pool
 
 # A bottleneck's inner convolution has so many times fewer channels.
 REDUCTION = 4
@@ -113,10 +113,9 @@ class Stem(nn.Module):
             ConvLayer(C // 2, C // 2, 3, act=act, norm=norm),
             ConvLayer(C // 2, C, 3, act=act, norm=norm),
         ]
-        self._pool = nn.MaxPool2d(3, stride=2, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self._pool(chain(self.embedder, x))
+        return max_pool(chain(self.embedder, x))
 
 
 class Stage(nn.Module):
