@@ -22,6 +22,7 @@
 #include "mlx_ops/cuda/launch_arguments.h"
 #include "mlx_ops/gpu/plan_inputs.h"
 #include "mlx_ops/gpu/run_now.h"
+#include "mlx_ops/mlx_version.h"
 #include "mlx_ops/stand_in/registry.h"
 
 // Two functions of MLX's CUDA library, declared here because the header that
@@ -154,7 +155,7 @@ int64_t place_of(const mx::array& x) {
   if (x.data_shared_ptr() == nullptr) { // memory of its own, to come
     return 0;
   }
-  return x.data_shared_ptr()->is_owned() ? x.offset() : x.itemsize();
+  return owns_memory(x) ? x.offset() : x.itemsize();
 }
 
 void keep(const mx::array& x, mx::Stream stream) {
@@ -173,8 +174,8 @@ void drain(mx::Stream stream) {
 }
 
 bool available() {
-  return mx::cu::get_command_encoder != nullptr && mx::cu::is_available() &&
-      mx::is_available(mx::Device::gpu);
+  return kHasCudaEncoder && mx::cu::get_command_encoder != nullptr &&
+      mx::cu::is_available() && mx::is_available(mx::Device::gpu);
 }
 
 bool stands_in_on_cpu() {

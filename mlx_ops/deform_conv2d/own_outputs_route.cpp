@@ -17,6 +17,7 @@
 #include "mlx_ops/deform_conv2d/gpu_kernels.h"
 #include "mlx_ops/gpu/run.h"
 #include "mlx_ops/gpu/run_now.h"
+#include "mlx_ops/mlx_version.h"
 
 namespace mlx_deform::gpu::own_outputs_route {
 
@@ -160,7 +161,7 @@ struct Whole {
       mx::Shape to = shape;
       from[0] = start;
       to[0] = start + part.shape(0);
-      made = adds ? mx::slice_update_add(*made, part, from, to, stream)
+      made = adds ? slice_update_add(*made, part, from, to, stream)
                   : mx::slice_update(*made, part, from, to, stream);
     }
     run_now(*made, stream);

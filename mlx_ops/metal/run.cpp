@@ -4,10 +4,9 @@
 
 #include <sstream>
 
-#include "mlx/backend/metal/device.h"
-
 #include "mlx_ops/gpu/plan_inputs.h"
 #include "mlx_ops/metal/sources.h"
+#include "mlx_ops/mlx_version.h"
 
 namespace mlx_deform::gpu {
 
@@ -15,10 +14,7 @@ namespace {
 
 MTL::Library* library_for(mx::metal::Device& device, const Library& library) {
   static const std::string hash = hash_of(metal::kernel_source);
-  // NaN and infinite coordinates have defined results, which fast math breaks.
-  mx::CompileOptions options;
-  options.math_mode = mx::MathMode::Safe;
-  return device.get_library(library_name(library, hash), options, [&]() {
+  return metal::safe_math_library(device, library_name(library, hash), [&]() {
     return library_header(library) + metal::kernel_source;
   });
 }
@@ -60,7 +56,7 @@ void run(
     return;
   }
   mx::metal::Device& device = mx::metal::device(stream.device);
-  mx::metal::CommandEncoder& encoder = mx::metal::get_command_encoder(stream);
+  mx::metal::CommandEncoder& encoder = metal::command_encoder(stream);
   MTL::ComputePipelineState* pipeline = pipeline_for(device, launch);
   encoder.set_compute_pipeline_state(pipeline);
   for (const Binding& binding : launch.buffers) {
@@ -97,10 +93,8 @@ int64_t place_of(const mx::array& x) {
 void keep(const mx::array& x, mx::Stream stream) {
   // Not add_temporary: the encoder would take the buffer for its own and not
   // wait for whoever else writes it.
-  mx::metal::get_command_encoder(stream)
-      .get_command_buffer()
-      ->addCompletedHandler(
-          [data = x.data_shared_ptr()](MTL::CommandBuffer*) {});
+  metal::command_buffer(stream)->addCompletedHandler(
+      [data = x.data_shared_ptr()](MTL::CommandBuffer*) {});
 }
 
 void drain(mx::Stream stream) {

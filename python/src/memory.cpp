@@ -1,60 +1,34 @@
 // Private functions of mlx_deform.torch, on memory of another library's: as an
 // MLX array with no copy, and transposed.
 
-#include <functional>
-#include <numeric>
-
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
-#include "mlx/allocator.h"
 #include "mlx/array.h"
 #include "mlx_ops/cpu/transpose.h"
+#include "mlx_ops/mlx_version.h"
 
 namespace mx = mlx::core;
 namespace nb = nanobind;
 using namespace nb::literals;
 
-namespace {
-
-// An array over memory that MLX did not allocate. On Linux MLX itself copies
-// such memory, for a buffer of its CPU allocator has a header before the data.
-// Here the buffer is one of the allocator's own, of a few bytes, and the
-// array's offset leads from there to the data. As the array does not own its
-// memory, MLX never writes to it.
-mx::array borrow(uintptr_t address, mx::Shape shape, mx::Dtype dtype) {
-  const size_t size = std::accumulate(
-      shape.begin(), shape.end(), size_t(1), std::multiplies<size_t>());
-  mx::array out(std::move(shape), dtype, nullptr, {});
-  mx::allocator::Buffer anchor = mx::allocator::allocator().malloc(1);
-  const int64_t offset = static_cast<int64_t>(address) -
-      static_cast<int64_t>(reinterpret_cast<uintptr_t>(anchor.raw_ptr()));
-  out.set_data(
-      mx::allocator::Data(
-          anchor,
-          [](mx::allocator::Buffer b) { mx::allocator::allocator().free(b); }),
-      size,
-      out.strides(),
-      mx::array::Flags{true, true, false},
-      offset);
-  out.set_status(mx::array::Status::available);
-  return out;
-}
-
-} // namespace
-
 void init_memory(nb::module_& m) {
   m.def(
       "_borrow",
       [](uintptr_t address, const std::vector<int>& shape, mx::Dtype dtype) {
-        return borrow(address, mx::Shape(shape.begin(), shape.end()), dtype);
+        mx::array out(
+            mx::Shape(shape.begin(), shape.end()), dtype, nullptr, {});
+        mlx_deform::borrow(out, address);
+        out.set_status(mx::array::Status::available);
+        return out;
       },
       "address"_a,
       "shape"_a,
       "dtype"_a,
       "An array over row-contiguous memory of the CPU, which must outlive "
-      "every "
-      "evaluation that reads it. For builds of MLX without a GPU.");
+      "every evaluation that reads it, as the array must: MLX could hand the "
+      "memory of an array that nobody holds on to a result. For builds of MLX "
+      "without a GPU.");
   m.def(
       "_transpose",
       [](uintptr_t from,

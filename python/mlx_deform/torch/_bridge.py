@@ -29,6 +29,9 @@ _CPU_DLPACK = (1, 0)  # kDLCPU, wherever MLX computes by default
 # copies all of it.
 _SHARES_NO_CPU_MEMORY = not mx.is_available(mx.gpu)
 
+# Before MLX tied streams to threads every stream was of this kind.
+_new_stream = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
+
 Function = Callable[..., Sequence[mx.array]]
 
 
@@ -38,7 +41,7 @@ class _Runtime:
 
     def __init__(self, device: str):
         self.on_gpu = device == "mps"
-        self.stream = mx.new_thread_unsafe_stream(mx.gpu if self.on_gpu else mx.cpu)
+        self.stream = _new_stream(mx.gpu if self.on_gpu else mx.cpu)
         self.process = os.getpid()
         # What torch's queue may still be reading; nothing is, once it was waited for.
         self.in_flight: list[mx.array] = []
@@ -66,7 +69,8 @@ class _Runtime:
             torch.mps.synchronize()
             self.in_flight.clear()
         with mx.stream(self.stream):
-            results = function(*map(self.array, tensors))
+            arrays = [self.array(tensor) for tensor in tensors]  # held until evaluated: _borrow
+            results = function(*arrays)
             # Torch takes no negative strides and no offsets from others.
             results = [mx.contiguous(result) for result in results]
             mx.eval(results)
