@@ -29,6 +29,14 @@ _CPU_DLPACK = (1, 0)  # kDLCPU, wherever MLX computes by default
 # copies all of it.
 _SHARES_NO_CPU_MEMORY = not mx.is_available(mx.gpu)
 
+# Before 0.32 what MLX exports does not keep its memory, nor can it be asked where to lie.
+_EXPORTS_SAFELY = "dl_device" in mx.array.__dlpack__.__doc__
+if not (_EXPORTS_SAFELY or _SHARES_NO_CPU_MEMORY):
+    raise ImportError(
+        "mlx_deform.torch needs mlx 0.32.0 or later where MLX computes on a GPU but found mlx "
+        f'{mx.__version__}; run pip install -U "mlx>=0.32".'
+    )
+
 # Before MLX tied streams to threads every stream was of this kind.
 _new_stream = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
 
@@ -56,6 +64,8 @@ class _Runtime:
         return mx.asarray(tensor, dtype=dtype)
 
     def tensor(self, array: mx.array, borrowed: set[int]) -> Tensor:
+        if not _EXPORTS_SAFELY:
+            return self.copy(array)
         if self.on_gpu:
             tensor = torch.from_dlpack(array)
         else:
@@ -63,6 +73,13 @@ class _Runtime:
         # MLX hands an argument on where there is nothing to compute, as in a sum over axes of
         # length 1. An operator's result must not be its argument.
         return tensor.clone() if tensor.data_ptr() in borrowed else tensor
+
+    def copy(self, array: mx.array) -> Tensor:
+        """Of an array on the CPU. Before 0.32 MLX exported no bfloat16 either."""
+        if array.dtype != mx.bfloat16:
+            return torch.from_dlpack(array).clone()
+        bits = mx.view(array, mx.int16, stream=self.stream)
+        return torch.from_dlpack(bits).clone().view(torch.bfloat16)
 
     def call(self, function: Function, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         if self.on_gpu:
