@@ -52,8 +52,8 @@ def test_every_symbol_is_found(build):
 
 
 def test_finds_libmlx_beside_it_and_in_no_build_folder(build):
-    assert "@loader_path/../mlx/lib" in build.extension.rpaths
-    assert all(path.startswith("@loader_path/../") for path in build.extension.rpaths)
+    assert "@loader_path/../../mlx/lib" in build.extension.rpaths
+    assert all(path.startswith("@loader_path/../../") for path in build.extension.rpaths)
 
 
 def test_every_macos_source_is_compiled(build):

@@ -11,10 +11,14 @@ import textwrap
 from pathlib import Path
 
 import mlx.core as mx
+import pytest
+from packaging.specifiers import SpecifierSet
 
 import mlx_deform
 import mlx_deform._ext
+from mlx_deform._compiled import module_folder
 
+ROOT = Path(__file__).parents[1]
 EXTENSION = Path(mlx_deform._ext.__file__)
 
 
@@ -155,13 +159,100 @@ def test_no_folder_of_the_build_machine_in_the_library():
         paths, origin = macho_run_paths(EXTENSION), "@loader_path"
     else:
         paths, origin = elf_run_paths(EXTENSION), "$ORIGIN"
-    assert f"{origin}/../mlx/lib" in [path.rstrip("/") for path in paths]
+    assert f"{origin}/../../mlx/lib" in [path.rstrip("/") for path in paths]
     for path in paths:
         assert path.startswith(origin), f"{path} in {paths}"
 
 
 # ---------------------------------------------------------------------------
-# Another MLX
+# Versions of MLX
+
+
+def package_with_modules_for(folder, *names):
+    for name in names:
+        (folder / name).mkdir()
+    return [str(folder / "not_here"), str(folder)]
+
+
+def test_the_module_of_the_installed_mlx_is_loaded():
+    assert EXTENSION.parent.name == "_mlx_" + re.sub(r"\W", "_", mx.__version__)
+    # Its name is that of no folder, so that pickles and tracebacks name one module.
+    assert mlx_deform._ext.__name__ == "mlx_deform._ext"
+
+
+def test_each_mlx_has_its_module(tmp_path):
+    names = ("_mlx_0_9_10", "_mlx_0_9_2", "_mlx_0_10_0_dev7_abc")
+    package = package_with_modules_for(tmp_path, *names)
+    versions = ("0.9.10", "0.9.2", "0.10.0.dev7+abc")
+    for name, version in zip(names, versions, strict=True):
+        assert module_folder(package, "1.2.3", version) == str(tmp_path / name)
+
+
+def test_what_to_install_is_named(tmp_path):
+    package = package_with_modules_for(tmp_path, "_mlx_0_9_2")
+    with pytest.raises(ImportError) as one:
+        module_folder(package, "1.2.3", "0.9.1")
+    assert "mlx_deform 1.2.3 was built for mlx 0.9.2 but found mlx 0.9.1" in str(one.value)
+    assert 'pip install "mlx==0.9.2"' in str(one.value)
+    assert "--no-binary mlx-deform" in str(one.value)
+    package_with_modules_for(tmp_path, "_mlx_0_9_10", "_mlx_0_9_3")
+    with pytest.raises(ImportError) as many:
+        module_folder(package, "1.2.3", "0.9.1")
+    assert "for mlx 0.9.2, 0.9.3 and 0.9.10 but" in str(many.value)
+    assert 'pip install "mlx==0.9.10"' in str(many.value)
+
+
+def test_the_metadata_admit_the_installed_mlx_and_no_newer_one():
+    (wanted,) = (r for r in importlib.metadata.requires("mlx-deform") if re.match("mlx[=<>]", r))
+    admitted = SpecifierSet(wanted.removeprefix("mlx"))
+    assert mx.__version__ in admitted
+    assert "99.0" not in admitted
+
+
+@pytest.mark.skipif(not (ROOT / "mlx_ops").is_dir(), reason="not run from the sources")
+def test_one_source_file_knows_versions():
+    files = [*ROOT.glob("mlx_ops/**/*"), *ROOT.glob("python/src/*")]
+    knowing = [file.name for file in files if file.is_file() and "MLX_VERSION_" in file.read_text()]
+    assert knowing == ["mlx_version.h"]
+
+
+@pytest.fixture
+def releases(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    monkeypatch.delenv("MLX_DEFORM_MLX_VERSION", raising=False)
+    return importlib.import_module("mlx_releases")
+
+
+def test_a_build_fits_the_mlx_that_is_there(releases, tmp_path, monkeypatch):
+    def install(version, tag):
+        for name in ("mlx", f"mlx-{version}.dist-info"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        metadata = f"Metadata-Version: 2.1\nName: mlx\nVersion: {version}\n"
+        (tmp_path / f"mlx-{version}.dist-info" / "METADATA").write_text(metadata)
+        (tmp_path / "mlx" / "core.cpython.so").write_bytes(b"\0" + tag + b"\0")
+
+    monkeypatch.setattr(releases.sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(releases.site, "getsitepackages", list)
+    monkeypatch.setattr(releases.site, "getusersitepackages", lambda: str(tmp_path / "user"))
+    backend = "[cpu]" if sys.platform == "linux" else ""
+    assert releases.build_requirements() == [
+        f"mlx{backend}=={releases.NEWEST}",
+        f"nanobind=={releases.NANOBIND[max(releases.NANOBIND)]}",
+    ]
+    install("0.31.2", b"v19_system_libstdcpp_gxx_abi_1xxx_use_cxx11_abi_1")
+    assert releases.build_requirements() == [f"mlx{backend}==0.31.2", "nanobind==2.12.0"]
+
+
+def test_the_environment_names_releases(releases, monkeypatch):
+    assert releases.named() == ()
+    monkeypatch.setenv("MLX_DEFORM_MLX_VERSION", "0.31.2, 0.32.4")
+    assert releases.named() == ("0.31.2", "0.32.4")
+    monkeypatch.setenv("MLX_DEFORM_MLX_VERSION", "all")
+    assert releases.named() == releases.SUPPORTED
+
+
+def test_the_internals_of_the_installed_mlx_are_known(releases):
+    assert releases.nanobind_for(Path(mx.__file__).parent) in releases.NANOBIND.values()
 
 
 def test_another_mlx_is_refused_in_one_sentence():

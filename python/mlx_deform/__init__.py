@@ -5,22 +5,13 @@ import importlib.metadata
 
 import mlx.core as _mx
 
+from ._compiled import module_folder as _module_folder
+
 __version__ = importlib.metadata.version("mlx-deform")
 
 
-def _check_mlx_version(found: str) -> None:
-    # MLX's C++ API has no stable ABI: another version would fail in ways that
-    # say nothing about the cause.
-    pins = importlib.metadata.requires("mlx-deform") or []
-    wanted = next(pin.split("==")[1] for pin in pins if pin.startswith("mlx=="))
-    if found != wanted:
-        raise ImportError(
-            f"mlx_deform {__version__} was built for mlx {wanted} but found mlx {found}; "
-            f'run pip install "mlx=={wanted}" or install the mlx_deform made for mlx {found}.'
-        )
-
-
-_check_mlx_version(_mx.__version__)
+# Where ``_ext`` is found.
+__path__.insert(0, _module_folder(__path__, __version__, _mx.__version__))
 
 from ._ext import (  # noqa: E402
     _set_portable,

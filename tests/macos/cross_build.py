@@ -7,6 +7,7 @@ are there. A symbol of libc++ or Accelerate that MLX does without is refused.
 
     python tests/macos/cross_build.py             build in a temporary folder and report
     python tests/macos/cross_build.py --download  fetch the wheels only
+    python tests/macos/cross_build.py --mlx 0.31.2  against another release of MLX
 """
 
 import argparse
@@ -28,11 +29,14 @@ from macho import MachO
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+import mlx_releases  # noqa: E402
+
 MLX_VERSION = importlib.metadata.version("mlx")
 # What the build asks of Python, beside the compiler.
 MODULES = ("nanobind", "ziglang")
 WHEELS = ("mlx", "mlx-metal")
-NEEDED = re.compile(r"mlx/(include/|share/|lib/.*\.dylib|core\.|__main__\.py)")
+NEEDED = re.compile(r"mlx/(include/|share/|lib/.*\.dylib|core\.)")
 CACHE = Path(tempfile.gettempdir()) / f"mlx_deform-macos-{os.getuid()}"
 # Symbols that exist beside those that MLX uses, in libc++ since macOS 10.7: to_string and
 # ostream << for every number. The letters are the ABI's names of the numbers' types.
@@ -49,45 +53,45 @@ class Unavailable(Exception):
     """Something that the check needs is not on this machine; says what."""
 
 
-def find_wheels(folder):
+def find_wheels(folder, version):
     found = []
     for name in WHEELS:
-        pattern = f"{name.replace('-', '_')}-{MLX_VERSION}-*macosx_14_0_arm64.whl"
+        pattern = f"{name.replace('-', '_')}-{version}-*macosx_14_0_arm64.whl"
         found += sorted(folder.glob(pattern))[:1]
     return found if len(found) == len(WHEELS) else None
 
 
-def download_wheels(folder):
+def download_wheels(folder, version):
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--platform", "macosx_14_0_arm64"]
     command += ["--python-version", python, "--retries", "1", "--timeout", "15"]
-    command += ["--dest", str(folder), *(f"{name}=={MLX_VERSION}" for name in WHEELS)]
+    command += ["--dest", str(folder), *(f"{name}=={version}" for name in WHEELS)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().rpartition("\n")[2]
         raise Unavailable(f"MLX's macOS wheels cannot be had: {reason}")
 
 
-def macos_wheels():
+def macos_wheels(version):
     """The paths of MLX's macOS wheels, downloaded if they are not there yet."""
     folder = Path(os.environ.get(WHEELS_VARIABLE, CACHE))
-    if not find_wheels(folder):
+    if not find_wheels(folder, version):
         folder.mkdir(parents=True, exist_ok=True)
-        download_wheels(folder)
-    return find_wheels(folder)
+        download_wheels(folder, version)
+    return find_wheels(folder, version)
 
 
-def unpack_mlx(wheels):
+def unpack_mlx(version):
     """The macOS package `mlx`: what a build needs of it, not its Python code and kernels.
 
     It stays in one place, so that zig's cache serves the next build.
     """
-    site = CACHE / f"mlx-{MLX_VERSION}"
+    site = CACHE / f"mlx-{version}"
     if not site.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         unpacked = tempfile.mkdtemp(dir=CACHE)
-        for wheel in wheels:
+        for wheel in macos_wheels(version):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(unpacked, filter(NEEDED.match, archive.namelist()))
         try:
@@ -95,6 +99,20 @@ def unpack_mlx(wheels):
         except OSError:  # another process was faster
             shutil.rmtree(unpacked)
     return site / "mlx"
+
+
+def nanobind_for(mlx):
+    """The CMake files of the nanobind that this MLX was built with."""
+    version = mlx_releases.nanobind_for(mlx)
+    if version == importlib.metadata.version("nanobind"):
+        return importlib.util.find_spec("nanobind").submodule_search_locations[0] + "/cmake"
+    folder = CACHE / f"nanobind-{version}"
+    if not folder.exists():
+        partial = tempfile.mkdtemp(dir=CACHE)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        run([*command, "--target", partial, f"nanobind=={version}"])
+        os.rename(partial, folder)
+    return folder / "nanobind" / "cmake"
 
 
 def write_sdk(mlx, sdk):
@@ -165,13 +183,13 @@ def run(command, **options):
 class CrossBuild:
     """The project, configured for macOS in `folder`; `mlx` is the macOS package."""
 
-    def __init__(self, folder, source=ROOT):
+    def __init__(self, folder, source=ROOT, version=MLX_VERSION):
         for module in MODULES:
             if importlib.util.find_spec(module) is None:
                 raise Unavailable(f"{module} is not installed")
         self.cmake, self.ninja = find_program("cmake"), find_program("ninja")
         self.folder, self.source = Path(folder), source
-        self.mlx = unpack_mlx(macos_wheels())
+        self.version, self.mlx = version, unpack_mlx(version)
         write_sdk(self.mlx, self.folder / "sdk")
         write_tools(self.folder / "tools", self.folder / "sdk")
         self.headers = python_headers(self.folder / "python")
@@ -184,6 +202,9 @@ class CrossBuild:
             "CMAKE_CXX_FLAGS_RELEASE": "-O1 -DNDEBUG",  # the same symbols, sooner
             "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
             "MLX_DEFORM_MACOS_TOOLS": self.folder / "tools",
+            "MLX_DEFORM_MLX_VERSION": self.version,
+            "MLX_ROOT": self.mlx,
+            "nanobind_ROOT": nanobind_for(self.mlx),
             "Python_EXECUTABLE": sys.executable,
             "Python_INCLUDE_DIR": self.headers,
             "SKBUILD_PROJECT_NAME": "mlx_deform",
@@ -191,11 +212,8 @@ class CrossBuild:
             **variables,
         }
         definitions = [f"-D{name}={value}" for name, value in variables.items()]
-        # `python -m mlx --cmake-dir` finds the macOS package first.
-        paths = [str(self.mlx.parent), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [self.cmake, "-G", "Ninja", "-S", self.source, "-B", self.folder / "build"]
-        return run(command + definitions, env=environment)
+        return run(command + definitions)
 
     def build(self):
         """The path of the extension."""
@@ -215,14 +233,15 @@ class CrossBuild:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--download", action="store_true", help="fetch MLX's macOS wheels only")
+    parser.add_argument("--mlx", default=MLX_VERSION, help="the release; default: %(default)s")
     parser.add_argument("--keep", type=Path, help="build in this new folder and leave it there")
     options = parser.parse_args()
     try:
         if options.download:
-            print(*macos_wheels(), sep="\n")
+            print(*macos_wheels(options.mlx), sep="\n")
             return
         with tempfile.TemporaryDirectory() as temporary:
-            build = CrossBuild(options.keep or temporary)
+            build = CrossBuild(options.keep or temporary, version=options.mlx)
             build.configure()
             extension = MachO(build.build())
             for library, symbols in extension.imports.items():
