@@ -46,13 +46,13 @@ def build(folder: Path, jobs: int) -> Path:
     defines = [f"-D{name}={value}" for name, value in options.items()]
     subprocess.run(["cmake", "-S", ROOT, "-B", made, "-G", "Ninja", *defines], check=True)
     subprocess.run(["cmake", "--build", made, "--target", "_ext", "-j", str(jobs)], check=True)
+    subprocess.run(["cmake", "--install", made, "--prefix", package.parent], check=True)
     shutil.copytree(
         ROOT / "python" / "mlx_deform",
         package,
         ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+        dirs_exist_ok=True,
     )
-    for extension in made.glob("_ext*.so"):
-        shutil.copy(extension, package)
     return package.parent
 
 
