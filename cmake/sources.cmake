@@ -5,6 +5,7 @@ set(MLX_DEFORM_CORE_SOURCES
     mlx_ops/checks.cpp
     mlx_ops/portable.cpp
     mlx_ops/cpu/gemm.cpp
+    mlx_ops/cpu/isa.cpp
     mlx_ops/cpu/thread_pool.cpp
     mlx_ops/cpu/tile_kernels.cpp
     mlx_ops/cpu/transpose.cpp
@@ -43,10 +44,12 @@ set(MLX_DEFORM_CORE_SOURCES
 set(MLX_DEFORM_KERNEL_SOURCES
     mlx_ops/cpu/tile_kernels_baseline.cpp
     mlx_ops/multi_scale_deformable_attention/cpu_kernels_baseline.cpp)
-set(MLX_DEFORM_X86_KERNEL_SOURCES
-    mlx_ops/cpu/products_avx2.cpp
+set(MLX_DEFORM_AVX2_KERNEL_SOURCES
     mlx_ops/cpu/tile_kernels_avx2.cpp
     mlx_ops/multi_scale_deformable_attention/cpu_kernels_avx2.cpp)
+set(MLX_DEFORM_AVX512_KERNEL_SOURCES
+    mlx_ops/cpu/tile_kernels_avx512.cpp
+    mlx_ops/multi_scale_deformable_attention/cpu_kernels_avx512.cpp)
 
 # One GPU backend a build: Metal where MLX has it, else CUDA with its stand-in.
 set(MLX_DEFORM_METAL_SOURCES

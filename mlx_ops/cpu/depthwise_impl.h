@@ -1,67 +1,40 @@
 // Bodies of the depthwise kernels, included as tile_kernels_impl.h is.
 
 #include "mlx_ops/cpu/depthwise.h"
-#include "mlx_ops/cpu/vector.h"
+#include "mlx_ops/cpu/lanes.h"
 
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
 
-// Some channels at a time: a vector of them, or the last ones one by one. Of a
-// row they lie `step` apart.
-template <typename R>
-struct ManyChannels {
-  static constexpr int count = VectorOf<R>::width;
-  using Value = Vector<R>;
-
-  static Value load_row(const R* p, int step) {
-    if (step == 1) {
-      return load(p);
-    }
-    Value v;
-    for (int i = 0; i < count; ++i) {
-      v[i] = p[i * step];
-    }
-    return v;
-  }
-  static void store_row(R* p, int step, Value v) {
-    if (step == 1) {
-      return store(p, v);
-    }
-    for (int i = 0; i < count; ++i) {
-      p[i * step] = v[i];
+// Channels that lie `step` apart.
+template <typename Lanes, typename R>
+static inline typename Lanes::Value
+load_apart(Lanes lanes, const R* p, int step) {
+  if constexpr (Lanes::is_vector) {
+    if (step != 1) {
+      typename Lanes::Value v{};
+      for (int i = 0; i < lanes.count; ++i) {
+        v[i] = p[i * step];
+      }
+      return v;
     }
   }
-};
-
-template <typename R>
-struct OneChannel {
-  static constexpr int count = 1;
-  using Value = R;
-
-  static R load_row(const R* p, int) {
-    return *p;
-  }
-  static void store_row(R* p, int, R v) {
-    *p = v;
-  }
-};
-
-template <typename Channels, typename R>
-static inline typename Channels::Value load_channels(const R* p) {
-  return Channels::load_row(p, 1);
+  return lanes.load_from(p);
 }
 
-// Calls f.template operator()<Channels>(c) for c in [0, n), many at a time.
-template <typename R, typename F>
-static inline void for_channels(int n, const F& f) {
-  int c = 0;
-  for (; c + ManyChannels<R>::count <= n; c += ManyChannels<R>::count) {
-    f.template operator()<ManyChannels<R>>(c);
+template <typename Lanes, typename R>
+static inline void
+store_apart(Lanes lanes, R* p, int step, typename Lanes::Value v) {
+  if constexpr (Lanes::is_vector) {
+    if (step != 1) {
+      for (int i = 0; i < lanes.count; ++i) {
+        p[i * step] = v[i];
+      }
+      return;
+    }
   }
-  for (; c < n; ++c) {
-    f.template operator()<OneChannel<R>>(c);
-  }
+  lanes.store_to(p, v);
 }
 
 template <typename R>
@@ -80,16 +53,16 @@ void multiply_depthwise(
       const R* w =
           weight + (j * taps + block.tap_begin) * p.C + block.channel_begin;
       R* row = rows + q * p.O + block.channel_begin * multiplier + j;
-      for_channels<R>(block.channels(), [&]<typename Channels>(int c) {
-        typename Channels::Value sum{};
+      for_lanes<R>(block.channels(), [&](auto lanes, int c) {
+        typename decltype(lanes)::Value sum{};
         if (accumulate) {
-          sum = Channels::load_row(row + c * multiplier, multiplier);
+          sum = load_apart(lanes, row + c * multiplier, multiplier);
         }
         for (int k = 0; k < block.taps(); ++k) {
-          sum += load_channels<Channels>(columns + k * block.channels() + c) *
-              load_channels<Channels>(w + int64_t(k) * p.C + c);
+          sum += lanes.load_from(columns + k * block.channels() + c) *
+              lanes.load_from(w + int64_t(k) * p.C + c);
         }
-        Channels::store_row(row + c * multiplier, multiplier, sum);
+        store_apart(lanes, row + c * multiplier, multiplier, sum);
       });
     }
     columns += pixel_stride;
@@ -107,13 +80,13 @@ void column_cotangent_depthwise(
   const int64_t taps = int64_t(p.kH) * p.kW;
   for (int64_t q = 0; q < block.pixels(); ++q) {
     for (int k = block.tap_begin; k < block.tap_end; ++k) {
-      for_channels<R>(p.C, [&]<typename Channels>(int c) {
-        typename Channels::Value sum{};
+      for_lanes<R>(p.C, [&](auto lanes, int c) {
+        typename decltype(lanes)::Value sum{};
         for (int j = 0; j < multiplier; ++j) {
-          sum += Channels::load_row(rows + c * multiplier + j, multiplier) *
-              load_channels<Channels>(weight + (j * taps + k) * p.C + c);
+          sum += load_apart(lanes, rows + c * multiplier + j, multiplier) *
+              lanes.load_from(weight + (j * taps + k) * p.C + c);
         }
-        Channels::store_row(grad_columns + c, 1, sum);
+        lanes.store_to(grad_columns + c, sum);
       });
       grad_columns += p.C;
     }
@@ -137,17 +110,17 @@ void weight_grad_depthwise(
     for (int k = 0; k < block.taps(); ++k) {
       R* grad = grad_weight + (j * taps + block.tap_begin + k) * p.C +
           block.channel_begin;
-      for_channels<R>(block.channels(), [&]<typename Channels>(int c) {
-        typename Channels::Value sum{};
+      for_lanes<R>(block.channels(), [&](auto lanes, int c) {
+        typename decltype(lanes)::Value sum{};
         if (accumulate) {
-          sum = load_channels<Channels>(grad + c);
+          sum = lanes.load_from(grad + c);
         }
         for (int64_t q = 0; q < block.pixels(); ++q) {
-          sum += load_channels<Channels>(
+          sum += lanes.load_from(
                      columns + q * pixel_stride + k * block.channels() + c) *
-              Channels::load_row(row + q * p.O + c * multiplier, multiplier);
+              load_apart(lanes, row + q * p.O + c * multiplier, multiplier);
         }
-        Channels::store_row(grad + c, 1, sum);
+        lanes.store_to(grad + c, sum);
       });
     }
   }

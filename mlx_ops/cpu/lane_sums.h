@@ -13,13 +13,17 @@ template <typename R>
 static inline void lane_sums(const Vector<R> (&v)[4], R (&sums)[4]) {
   constexpr int width = VectorOf<R>::width;
 #if __has_builtin(__builtin_shufflevector)
-  if constexpr (width == 4 || width == 8) {
+  if constexpr (width >= 4) {
     typedef R Quad __attribute__((vector_size(4 * sizeof(R))));
     Quad q[4];
     for (int i = 0; i < 4; ++i) {
       q[i] = __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3);
-      if constexpr (width == 8) {
+      if constexpr (width >= 8) {
         q[i] += __builtin_shufflevector(v[i], v[i], 4, 5, 6, 7);
+      }
+      if constexpr (width == 16) {
+        q[i] += __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11) +
+            __builtin_shufflevector(v[i], v[i], 12, 13, 14, 15);
       }
     }
     const Quad ab = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) +

@@ -49,7 +49,7 @@ struct Products {
       R* packed);
 
   // c (m x n) = a^T (m x k) * b (k x n) + (accumulate ? c : 0), for a (k x m)
-  // packed as above. Rows of b are read up to a whole panel: ldb must leave
+  // packed as above. Rows of b are read up to a whole vector: ldb must leave
   // room.
   void (*multiply_transposed)(
       int64_t m,

@@ -3,7 +3,7 @@
 // Everything here has internal linkage or lives in that namespace.
 
 #include "mlx_ops/cpu/lane_sums.h"
-#include "mlx_ops/cpu/storage.h"
+#include "mlx_ops/cpu/lanes.h"
 #include "mlx_ops/cpu/tile_kernels.h"
 #include "mlx_ops/cpu/vector.h"
 
@@ -178,7 +178,6 @@ static inline void sample_row(
     int c,
     int n,
     R* out) {
-  constexpr int width = VectorOf<R>::width;
   const Corners<T> from(s, steps, input, zeros, c);
   const T *p0 = from.p[0], *p1 = from.p[1], *p2 = from.p[2], *p3 = from.p[3];
   // The mask goes into the weights, but an infinite one doesn't: a weight of 0
@@ -187,20 +186,14 @@ static inline void sample_row(
   const R m = finite ? s.mask : R(1);
   const CornerWeights<R> w = value_weights(s.cell());
   const R w0 = m * w.w[0], w1 = m * w.w[1], w2 = m * w.w[2], w3 = m * w.w[3];
-  int q = 0;
-  MLX_DEFORM_UNROLL(2)
-  for (; q + width <= n; q += width) {
-    store(
+  for_lanes<R>(n, [&](auto lanes, int q) {
+    lanes.store_to(
         out + q,
-        w0 * load(p0 + q) + w1 * load(p1 + q) + w2 * load(p2 + q) +
-            w3 * load(p3 + q));
-  }
-  for (; q < n; ++q) {
-    out[q] = w0 * load_one(p0 + q) + w1 * load_one(p1 + q) +
-        w2 * load_one(p2 + q) + w3 * load_one(p3 + q);
-  }
+        w0 * lanes.load_from(p0 + q) + w1 * lanes.load_from(p1 + q) +
+            w2 * lanes.load_from(p2 + q) + w3 * lanes.load_from(p3 + q));
+  });
   if (!finite) {
-    for (q = 0; q < n; ++q) {
+    for (int q = 0; q < n; ++q) {
       out[q] *= s.mask;
     }
   }
@@ -302,15 +295,24 @@ void offset_grad(
             s[i] += g * load(from.p[i] + q);
           }
         }
+        R last[4]{};
+        for_last_lanes<R>(q, group_width, [&](auto lanes, int q) {
+          const auto g = lanes.load_from(grad_columns + q);
+          for (int i = 0; i < 4; ++i) {
+            if constexpr (lanes.is_vector) {
+              s[i] += g * lanes.load_from(from.p[i] + q);
+            } else {
+              last[i] += g * lanes.load_from(from.p[i] + q);
+            }
+          }
+        });
         for (int i = 0; i < 4; ++i) {
           s[i] += t[i];
         }
         R corner[4];
         lane_sums<R>(s, corner);
-        for (; q < group_width; ++q) {
-          for (int i = 0; i < 4; ++i) {
-            corner[i] += grad_columns[q] * load_one(from.p[i] + q);
-          }
+        for (int i = 0; i < 4; ++i) {
+          corner[i] += last[i];
         }
         grad_columns += group_width;
 
@@ -341,7 +343,6 @@ void scatter(
     int64_t image_begin,
     int64_t image_end,
     R* grad_input) {
-  constexpr int width = VectorOf<R>::width;
   const int group_width = params.C / params.DG;
   const CornerSteps steps(params);
 
@@ -358,25 +359,17 @@ void scatter(
         const R w2 = w.w[2] * s.mask, w3 = w.w[3] * s.mask;
         R *to1 = to + steps.step[1], *to2 = to + steps.step[2];
         R* to3 = to + steps.step[3];
-        int q = 0;
-        for (; q + width <= group_width; q += width) {
-          const Vector<R> g = load(grad_columns + q);
-          const Vector<R> v0 = load(to + q) + w0 * g;
-          const Vector<R> v1 = load(to1 + q) + w1 * g;
-          const Vector<R> v2 = load(to2 + q) + w2 * g;
-          const Vector<R> v3 = load(to3 + q) + w3 * g;
-          store(to + q, v0);
-          store(to1 + q, v1);
-          store(to2 + q, v2);
-          store(to3 + q, v3);
-        }
-        for (; q < group_width; ++q) {
-          const R g = grad_columns[q];
-          to[q] += w0 * g;
-          to1[q] += w1 * g;
-          to2[q] += w2 * g;
-          to3[q] += w3 * g;
-        }
+        for_lanes<R>(group_width, [&](auto lanes, int q) {
+          const auto g = lanes.load_from(grad_columns + q);
+          const auto v0 = lanes.load_from(to + q) + w0 * g;
+          const auto v1 = lanes.load_from(to1 + q) + w1 * g;
+          const auto v2 = lanes.load_from(to2 + q) + w2 * g;
+          const auto v3 = lanes.load_from(to3 + q) + w3 * g;
+          lanes.store_to(to + q, v0);
+          lanes.store_to(to1 + q, v1);
+          lanes.store_to(to2 + q, v2);
+          lanes.store_to(to3 + q, v3);
+        });
         continue;
       }
       for (int corner = 0; corner < 4; ++corner) {
@@ -386,31 +379,38 @@ void scatter(
         }
         R* to = grad_input + at + dg * group_width;
         const R weight = w.w[corner] * s.mask;
-        for (int q = 0; q < group_width; ++q) {
-          to[q] += weight * grad_columns[q];
-        }
+        for_lanes<R>(group_width, [&](auto lanes, int q) {
+          lanes.store_to(
+              to + q,
+              lanes.load_from(to + q) +
+                  weight * lanes.load_from(grad_columns + q));
+        });
       }
     }
   }
 }
 
-template <typename T, typename R>
-void to_compute(const T* from, R* to, int64_t n) {
+// Either way between storage and arithmetic.
+template <typename R, typename From, typename To>
+static inline void convert(const From* from, To* to, int64_t n) {
   constexpr int width = VectorOf<R>::width;
-  int64_t i = 0;
-  for (; i + width <= n; i += width) {
+  const int64_t whole = n / width * width;
+  for (int64_t i = 0; i < whole; i += width) {
     store(to + i, load(from + i));
   }
-  for (; i < n; ++i) {
-    to[i] = load_one(from + i);
-  }
+  for_last_lanes<R>(0, int(n - whole), [&](auto lanes, int i) {
+    lanes.store_to(to + whole + i, lanes.load_from(from + whole + i));
+  });
+}
+
+template <typename T, typename R>
+void to_compute(const T* from, R* to, int64_t n) {
+  convert<R>(from, to, n);
 }
 
 template <typename T, typename R>
 void from_compute(const R* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    store_one(to + i, from[i]);
-  }
+  convert<R>(from, to, n);
 }
 
 template <typename T, typename R>

@@ -4,6 +4,7 @@
 
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_ops/arrays.h"
+#include "mlx_ops/cpu/isa.h"
 #include "mlx_ops/cpu/memory.h"
 #include "mlx_ops/cpu/tiles.h"
 #include "mlx_ops/gpu/run.h"
@@ -15,7 +16,6 @@ namespace cpu {
 
 #define DECLARE(isa)                                       \
   namespace isa {                                          \
-  extern const TileKernels<float, float> kernels_float32;  \
   extern const MsdaKernels<float, float> msda_float32;     \
   extern const MsdaKernels<double, double> msda_float64;   \
   extern const MsdaKernels<Float16, float> msda_float16;   \
@@ -25,36 +25,24 @@ namespace cpu {
 DECLARE(baseline)
 #if defined(__x86_64__)
 DECLARE(avx2)
-
-namespace {
-
-// As the tile kernels are chosen.
-bool use_avx2() {
-  return &tile_kernels<float, float>() == &avx2::kernels_float32;
-}
-
-} // namespace
-
-#define CHOOSE(table) return use_avx2() ? avx2::table : baseline::table
-#else
-#define CHOOSE(table) return baseline::table
+DECLARE(avx512)
 #endif
 
 template <>
 const MsdaKernels<float, float>& msda_kernels() {
-  CHOOSE(msda_float32);
+  return MLX_DEFORM_CHOOSE(msda_float32);
 }
 template <>
 const MsdaKernels<double, double>& msda_kernels() {
-  CHOOSE(msda_float64);
+  return MLX_DEFORM_CHOOSE(msda_float64);
 }
 template <>
 const MsdaKernels<Float16, float>& msda_kernels() {
-  CHOOSE(msda_float16);
+  return MLX_DEFORM_CHOOSE(msda_float16);
 }
 template <>
 const MsdaKernels<BFloat16, float>& msda_kernels() {
-  CHOOSE(msda_bfloat16);
+  return MLX_DEFORM_CHOOSE(msda_bfloat16);
 }
 
 namespace {

@@ -1,4 +1,4 @@
-// Compiled with -mavx2 -mfma -mf16c; runs only where cpu.cpp finds these.
+// Compiled with -mavx2 -mfma -mf16c; runs only where isa() finds these.
 #define MLX_DEFORM_ISA avx2
 #define MLX_DEFORM_VECTOR_BYTES 32
 #include "mlx_ops/multi_scale_deformable_attention/cpu_kernels_impl.h"

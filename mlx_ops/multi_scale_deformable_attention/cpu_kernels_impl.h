@@ -3,8 +3,7 @@
 // Everything here has internal linkage or lives in that namespace.
 
 #include "mlx_ops/cpu/lane_sums.h"
-#include "mlx_ops/cpu/storage.h"
-#include "mlx_ops/cpu/vector.h"
+#include "mlx_ops/cpu/lanes.h"
 #include "mlx_ops/multi_scale_deformable_attention/cpu_kernels.h"
 #include "mlx_ops/sampling.h"
 
@@ -201,10 +200,11 @@ struct HeadMap {
   }
 };
 
-// The samples [begin, end) of a plan at the channels that n vectors hold,
+// The samples [begin, end) of a plan at the channels of n neighbouring lanes,
 // added to `sums`.
-template <int n, typename T, typename R>
-static inline void gather_vectors(
+template <int n, typename Lanes, typename T, typename R>
+static inline void gather_lanes(
+    Lanes lanes,
     const Plan<R>& plan,
     int begin,
     int end,
@@ -212,9 +212,10 @@ static inline void gather_vectors(
     const T* value,
     R* sums) {
   constexpr int width = VectorOf<R>::width;
-  Vector<R> sum[n];
+  using Value = typename Lanes::Value;
+  Value sum[n];
   for (int v = 0; v < n; ++v) {
-    sum[v] = load(sums + v * width);
+    sum[v] = lanes.load_from(sums + v * width);
   }
   for (int i = begin; i < end; ++i) {
     const int flags = plan.flags[i];
@@ -228,21 +229,21 @@ static inline void gather_vectors(
       const R w2 = weight * plan.corner[2][i], w3 = weight * plan.corner[3][i];
       for (int v = 0; v < n; ++v) {
         const int q = v * width;
-        sum[v] += w0 * load(p0 + q) + w1 * load(p1 + q) + w2 * load(p2 + q) +
-            w3 * load(p3 + q);
+        sum[v] += w0 * lanes.load_from(p0 + q) + w1 * lanes.load_from(p1 + q) +
+            w2 * lanes.load_from(p2 + q) + w3 * lanes.load_from(p3 + q);
       }
     } else if (flags & Plan<R>::special_bit) {
       // A weight of infinity must not meet a corner's weight of 0.
-      Vector<R> own[n];
+      Value own[n];
       for (int v = 0; v < n; ++v) {
-        own[v] = Vector<R>{} + (plan.ly[i] - plan.ly[i]) +
+        own[v] = Value{} + (plan.ly[i] - plan.ly[i]) +
             (plan.lx[i] - plan.lx[i]); // 0 or NaN
       }
       for (int c = 0; c < 4; ++c) {
         if (flags >> c & 1) {
           const T* from = value + (at + map.step[c]);
           for (int v = 0; v < n; ++v) {
-            own[v] += plan.corner[c][i] * load(from + v * width);
+            own[v] += plan.corner[c][i] * lanes.load_from(from + v * width);
           }
         }
       }
@@ -255,38 +256,14 @@ static inline void gather_vectors(
           const T* from = value + (at + map.step[c]);
           const R w = weight * plan.corner[c][i];
           for (int v = 0; v < n; ++v) {
-            sum[v] += w * load(from + v * width);
+            sum[v] += w * lanes.load_from(from + v * width);
           }
         }
       }
     }
   }
   for (int v = 0; v < n; ++v) {
-    store(sums + v * width, sum[v]);
-  }
-}
-
-// The same at one channel.
-template <typename T, typename R>
-static inline void gather_one(
-    const Plan<R>& plan,
-    int begin,
-    int end,
-    const HeadMap& map,
-    const T* value,
-    R* sum) {
-  for (int i = begin; i < end; ++i) {
-    const int64_t at = map.at(plan.row[i]);
-    const bool special = plan.flags[i] & Plan<R>::special_bit;
-    const R factor = special ? R(1) : plan.weight[i];
-    R own =
-        special ? (plan.ly[i] - plan.ly[i]) + (plan.lx[i] - plan.lx[i]) : R(0);
-    for (int c = 0; c < 4; ++c) {
-      if (plan.flags[i] >> c & 1) {
-        own += factor * plan.corner[c][i] * load_one(value + at + map.step[c]);
-      }
-    }
-    *sum += special ? plan.weight[i] * own : own;
+    lanes.store_to(sums + v * width, sum[v]);
   }
 }
 
@@ -301,24 +278,25 @@ static inline void gather(
     R* sums) {
   constexpr int width = VectorOf<R>::width;
   int c = 0;
-  for (; c + 8 * width <= channels; c += 8 * width) {
-    gather_vectors<8>(plan, begin, end, map, value + c, sums + c);
+  const auto take = [&]<int n>() {
+    gather_lanes<n>(Whole<R>{}, plan, begin, end, map, value + c, sums + c);
+    c += n * width;
+  };
+  while (c + 8 * width <= channels) {
+    take.template operator()<8>();
   }
   if (c + 4 * width <= channels) {
-    gather_vectors<4>(plan, begin, end, map, value + c, sums + c);
-    c += 4 * width;
+    take.template operator()<4>();
   }
   if (c + 2 * width <= channels) {
-    gather_vectors<2>(plan, begin, end, map, value + c, sums + c);
-    c += 2 * width;
+    take.template operator()<2>();
   }
   if (c + width <= channels) {
-    gather_vectors<1>(plan, begin, end, map, value + c, sums + c);
-    c += width;
+    take.template operator()<1>();
   }
-  for (; c < channels; ++c) {
-    gather_one(plan, begin, end, map, value + c, sums + c);
-  }
+  for_last_lanes<R>(c, channels, [&](auto lanes, int i) {
+    gather_lanes<1>(lanes, plan, begin, end, map, value + i, sums + i);
+  });
 }
 
 template <typename T, typename R>
@@ -361,9 +339,10 @@ void forward(
     }
     T* to = out + ((int64_t(n) * p.Q + query_begin) * p.M + m) * p.D;
     for (int q = 0; q < queries; ++q, to += int64_t(p.M) * p.D) {
-      for (int c = 0; c < p.D; ++c) {
-        store_one(to + c, sums[int64_t(q) * p.D + c]);
-      }
+      const R* from = sums + int64_t(q) * p.D;
+      for_lanes<R>(p.D, [&](auto lanes, int c) {
+        lanes.store_to(to + c, lanes.load_from(from + c));
+      });
     }
   }
 }
@@ -403,15 +382,23 @@ static inline void corner_dots(
       s[c] += g * load(from[c] + q);
     }
   }
+  R last[4]{};
+  for_last_lanes<R>(q, channels, [&](auto lanes, int q) {
+    const auto g = lanes.load_from(cotangent + q);
+    for (int c = 0; c < 4; ++c) {
+      if constexpr (lanes.is_vector) {
+        s[c] += g * lanes.load_from(from[c] + q);
+      } else {
+        last[c] += g * lanes.load_from(from[c] + q);
+      }
+    }
+  });
   for (int c = 0; c < 4; ++c) {
     s[c] += t[c];
   }
   lane_sums<R>(s, dots);
-  for (; q < channels; ++q) {
-    const R g = load_one(cotangent + q);
-    for (int c = 0; c < 4; ++c) {
-      dots[c] += g * load_one(from[c] + q);
-    }
+  for (int c = 0; c < 4; ++c) {
+    dots[c] += last[c];
   }
   if (!all) {
     for (int c = 0; c < 4; ++c) {
@@ -429,7 +416,6 @@ static inline void scatter(
     const T* cotangent, // [D]
     int channels,
     R* grad_value) {
-  constexpr int width = VectorOf<R>::width;
   const int flags = plan.flags[i];
   const int64_t at = map.at(plan.row[i]);
   R w[4];
@@ -442,37 +428,27 @@ static inline void scatter(
     R* to = grad_value + at;
     R *to1 = to + map.step[1], *to2 = to + map.step[2], *to3 = to + map.step[3];
     const R w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-    int q = 0;
-    for (; q + width <= channels; q += width) {
-      const Vector<R> g = load(cotangent + q);
-      const Vector<R> v0 = load(to + q) + w0 * g;
-      const Vector<R> v1 = load(to1 + q) + w1 * g;
-      const Vector<R> v2 = load(to2 + q) + w2 * g;
-      const Vector<R> v3 = load(to3 + q) + w3 * g;
-      store(to + q, v0);
-      store(to1 + q, v1);
-      store(to2 + q, v2);
-      store(to3 + q, v3);
-    }
-    for (; q < channels; ++q) {
-      const R g = load_one(cotangent + q);
-      to[q] += w0 * g;
-      to1[q] += w1 * g;
-      to2[q] += w2 * g;
-      to3[q] += w3 * g;
-    }
+    for_lanes<R>(channels, [&](auto lanes, int q) {
+      const auto g = lanes.load_from(cotangent + q);
+      const auto v0 = lanes.load_from(to + q) + w0 * g;
+      const auto v1 = lanes.load_from(to1 + q) + w1 * g;
+      const auto v2 = lanes.load_from(to2 + q) + w2 * g;
+      const auto v3 = lanes.load_from(to3 + q) + w3 * g;
+      lanes.store_to(to + q, v0);
+      lanes.store_to(to1 + q, v1);
+      lanes.store_to(to2 + q, v2);
+      lanes.store_to(to3 + q, v3);
+    });
     return;
   }
   for (int c = 0; c < 4; ++c) {
     if (flags >> c & 1) {
       R* to = grad_value + (at + map.step[c]);
-      int q = 0;
-      for (; q + width <= channels; q += width) {
-        store(to + q, load(to + q) + w[c] * load(cotangent + q));
-      }
-      for (; q < channels; ++q) {
-        to[q] += w[c] * load_one(cotangent + q);
-      }
+      for_lanes<R>(channels, [&](auto lanes, int q) {
+        lanes.store_to(
+            to + q,
+            lanes.load_from(to + q) + w[c] * lanes.load_from(cotangent + q));
+      });
     }
   }
 }

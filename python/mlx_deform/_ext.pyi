@@ -2,7 +2,10 @@ from collections.abc import Sequence
 
 import mlx.core
 
+_isa: str
+
 def _borrow(address: int, shape: Sequence[int], dtype: mlx.core.Dtype) -> mlx.core.array: ...
+def _isas() -> list[str]: ...
 def _set_portable(value: bool) -> bool: ...
 def _transpose(
     from_: int, to: int, count: int, rows: int, columns: int, element_bytes: int

@@ -1,5 +1,9 @@
 #include <nanobind/nanobind.h>
 
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "mlx_ops/cpu/isa.h"
 #include "mlx_ops/portable.h"
 
 namespace nb = nanobind;
@@ -31,4 +35,19 @@ NB_MODULE(_ext, m) {
       "value"_a,
       "Builds this thread's ops of MLX's own primitives; returns the earlier "
       "setting.");
+
+  // A wrong MLX_DEFORM_ISA is an error of the import: an op's work begins on a
+  // thread of MLX's, where nobody catches anything.
+  m.attr("_isa") = mlx_deform::cpu::isa_name(mlx_deform::cpu::isa());
+  m.def(
+      "_isas",
+      [] {
+        std::vector<std::string> names;
+        for (const auto isa : mlx_deform::cpu::isas()) {
+          names.push_back(mlx_deform::cpu::isa_name(isa));
+        }
+        return names;
+      },
+      "The instruction sets of this machine that MLX_DEFORM_ISA may name, the "
+      "best first. `_isa` is the chosen one.");
 }

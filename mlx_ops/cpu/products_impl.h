@@ -1,58 +1,68 @@
-// Compiled with -mavx2 -mfma; runs only where own_products() finds these. Like
-// the tile kernels it keeps the standard library's inline functions out.
-
-#define MLX_DEFORM_ISA avx2
-#define MLX_DEFORM_VECTOR_BYTES 32
+// Bodies of the products, included as tile_kernels_impl.h is; like the tile
+// kernels they keep the standard library's inline functions out.
 
 #include "mlx_ops/cpu/products.h"
 #include "mlx_ops/cpu/vector.h"
 
-namespace mlx_deform::cpu::avx2 {
+namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
 
-template <typename R>
-constexpr int panel_width = 2 * VectorOf<R>::width;
+// The sums of a tile of c, rows by vectors, with the vectors of b and one of a,
+// all in registers: AVX-512 and NEON have 32 of them, AVX2 has 16. Two vectors
+// fit common numbers of channels better than three, but four floats are few.
+constexpr int strip_rows = MLX_DEFORM_VECTOR_BYTES == 64 ? 12
+    : MLX_DEFORM_VECTOR_BYTES == 32                      ? 6
+                                                         : 8;
+constexpr int panel_vectors = MLX_DEFORM_VECTOR_BYTES == 16 ? 3 : 2;
 
-// 6 rows by 2 vectors: 12 sums, 2 vectors of b and one of a fill the registers.
-constexpr int strip_rows = 6;
+template <typename R>
+constexpr int panel_width = panel_vectors* VectorOf<R>::width;
 
 // Which factor is packed: a into strips, [k][strip_rows], or b into panels,
 // [k][panel_width]. The rows of the other lie `stride` apart.
 enum class Packed { a, b };
 
-// A tile of c, `rows` by one panel.
-template <int rows, bool accumulate, Packed packed, typename R>
+// A tile of c, `rows` by the first `vectors` of a panel.
+template <int rows, int vectors, Packed packed, typename R>
 void tile(
     int64_t k,
     const R* a,
     const R* b,
     int64_t stride,
     R* c,
-    int64_t ldc) {
+    int64_t ldc,
+    bool accumulate) {
   constexpr int width = VectorOf<R>::width;
   constexpr bool strips = packed == Packed::a;
   // Beyond these, compilers no longer keep all the sums in registers.
-  constexpr int unrolled = strips ? 2 : 8;
+  constexpr int unrolled = !strips && MLX_DEFORM_VECTOR_BYTES == 32 ? 8 : 2;
   const int64_t row_step = strips ? 1 : stride;
   const int64_t k_step = strips ? strip_rows : 1;
   const int64_t ldb = strips ? stride : panel_width<R>;
 
-  Vector<R> sum[rows][2];
-  MLX_DEFORM_UNROLL(6)
+  Vector<R> sum[rows][vectors];
+  MLX_DEFORM_UNROLL(12)
   for (int r = 0; r < rows; ++r) {
-    sum[r][0] = accumulate ? load(c + r * ldc) : Vector<R>{};
-    sum[r][1] = accumulate ? load(c + r * ldc + width) : Vector<R>{};
+    MLX_DEFORM_UNROLL(3)
+    for (int v = 0; v < vectors; ++v) {
+      sum[r][v] = accumulate ? load(c + r * ldc + v * width) : Vector<R>{};
+    }
   }
   const auto step = [&](const R* from, const R* row) {
-    const Vector<R> b0 = load(row);
-    const Vector<R> b1 = load(row + width);
-    MLX_DEFORM_UNROLL(6)
+    Vector<R> y[vectors];
+    MLX_DEFORM_UNROLL(3)
+    for (int v = 0; v < vectors; ++v) {
+      y[v] = load(row + v * width);
+    }
+    MLX_DEFORM_UNROLL(12)
     for (int r = 0; r < rows; ++r) {
       const Vector<R> x =
           from[r * row_step] - Vector<R>{}; // the same in all lanes
-      sum[r][0] += x * b0;
-      sum[r][1] += x * b1;
+      MLX_DEFORM_UNROLL(3)
+      for (int v = 0; v < vectors; ++v) {
+        sum[r][v] += x * y[v];
+      }
     }
   };
   int64_t i = 0;
@@ -69,40 +79,73 @@ void tile(
     a += k_step;
     b += ldb;
   }
-  MLX_DEFORM_UNROLL(6)
+  MLX_DEFORM_UNROLL(12)
   for (int r = 0; r < rows; ++r) {
-    store(c + r * ldc, sum[r][0]);
-    store(c + r * ldc + width, sum[r][1]);
+    MLX_DEFORM_UNROLL(3)
+    for (int v = 0; v < vectors; ++v) {
+      store(c + r * ldc + v * width, sum[r][v]);
+    }
   }
 }
 
-template <bool accumulate, Packed packed, typename R>
-void tile_of(
-    int rows,
-    int64_t k,
-    const R* a,
-    const R* b,
-    int64_t stride,
-    R* c,
-    int64_t ldc) {
-  switch (rows) {
-#define ROWS(n)                                           \
-  case n:                                                 \
-    tile<n, accumulate, packed>(k, a, b, stride, c, ldc); \
-    break;
-    ROWS(1)
-    ROWS(2)
-    ROWS(3)
-    ROWS(4)
-    ROWS(5)
-    ROWS(6)
-#undef ROWS
+template <typename R>
+using Tile = void (*)(int64_t, const R*, const R*, int64_t, R*, int64_t, bool);
+
+// The tiles of 1 to strip_rows rows.
+template <int vectors, Packed packed, typename R>
+struct Tiles {
+  Tile<R> of[strip_rows + 1];
+
+  constexpr Tiles() : of{} {
+    set<1>();
   }
+
+ private:
+  template <int rows>
+  constexpr void set() {
+    of[rows] = tile<rows, vectors, packed, R>;
+    if constexpr (rows < strip_rows) {
+      set<rows + 1>();
+    }
+  }
+};
+
+template <int vectors, Packed packed, typename R>
+constexpr Tiles<vectors, packed, R> tiles;
+
+// The tiles as wide as `columns` columns of a panel.
+template <Packed packed, typename R>
+const Tile<R>* tiles_for(int columns) {
+  constexpr int width = VectorOf<R>::width;
+  if (panel_vectors == 3 && columns > 2 * width) {
+    return tiles<panel_vectors, packed, R>.of;
+  }
+  return columns > width ? tiles<2, packed, R>.of : tiles<1, packed, R>.of;
 }
 
 template <typename R>
 int columns_left(int64_t n, int64_t j) {
   return int(n - j < panel_width<R> ? n - j : panel_width<R>);
+}
+
+// c += part or c = part, at the first `columns` of a panel.
+template <typename R>
+void put_row(const R* part, int columns, R* c, bool accumulate) {
+  constexpr int width = VectorOf<R>::width;
+  int j = 0;
+  for (; j + width <= columns; j += width) {
+    const Vector<R> old = accumulate ? load(c + j) : Vector<R>{};
+    store(c + j, old + load(part + j));
+  }
+  if (has_masks && j < columns) {
+    const int left = columns - j;
+    const Vector<R> old = accumulate ? load_first(c + j, left) : Vector<R>{};
+    store_first(c + j, left, old + load(part + j));
+    return;
+  }
+  for (; j < columns; ++j) {
+    c[j] = (accumulate ? c[j] : R(0)) + part[j];
+  }
 }
 
 // All rows of c at one panel, of which `columns` exist.
@@ -118,24 +161,21 @@ void panel_of_c(
     int64_t ldc,
     bool accumulate) {
   constexpr int panel = panel_width<R>;
+  const bool whole = columns % VectorOf<R>::width == 0;
+  const Tile<R>* run = tiles_for<packed, R>(columns);
   for (int64_t r = 0; r < m; r += strip_rows) {
     const int rows = int(m - r < strip_rows ? m - r : strip_rows);
     const R* from = a + r * (packed == Packed::a ? k : stride);
     R* to = c + r * ldc;
-    if (columns == panel) {
-      const auto run =
-          accumulate ? tile_of<true, packed, R> : tile_of<false, packed, R>;
-      run(rows, k, from, b, stride, to, ldc);
+    if (whole) {
+      run[rows](k, from, b, stride, to, ldc, accumulate);
       continue;
     }
-    // The last panel may reach beyond c.
+    // The last vector reaches beyond c.
     R part[strip_rows * panel];
-    tile_of<false, packed>(rows, k, from, b, stride, part, panel);
+    run[rows](k, from, b, stride, part, panel, false);
     for (int i = 0; i < rows; ++i) {
-      for (int j = 0; j < columns; ++j) {
-        const R old = accumulate ? to[i * ldc + j] : R(0);
-        to[i * ldc + j] = old + part[i * panel + j];
-      }
+      put_row(part + i * panel, columns, to + i * ldc, accumulate);
     }
   }
 }
@@ -223,7 +263,7 @@ void pack_transposed(const R* a, int64_t lda, int64_t k, int64_t m, R* packed) {
 }
 
 template <typename R>
-constexpr Products<R> table{
+constexpr Products<R> products_table{
     panel_width<R>,
     strip_rows,
     pack<R>,
@@ -236,7 +276,7 @@ constexpr Products<R> table{
 extern const Products<float> products_float32;
 extern const Products<double> products_float64;
 
-const Products<float> products_float32 = table<float>;
-const Products<double> products_float64 = table<double>;
+const Products<float> products_float32 = products_table<float>;
+const Products<double> products_float64 = products_table<double>;
 
-} // namespace mlx_deform::cpu::avx2
+} // namespace mlx_deform::cpu::MLX_DEFORM_ISA

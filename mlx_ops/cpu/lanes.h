@@ -1,0 +1,92 @@
+// Loops along a row of channels: whole vectors of them, then the last ones. Of
+// one instruction set, as vector.h is.
+
+#pragma once
+
+#include "mlx_ops/cpu/storage.h"
+#include "mlx_ops/cpu/vector.h"
+
+namespace mlx_deform::cpu::MLX_DEFORM_ISA {
+
+namespace {
+
+// Some neighbouring channels, in memory of any storage type: a whole vector,
+template <typename R>
+struct Whole {
+  using Value = Vector<R>;
+  static constexpr bool is_vector = true;
+  static constexpr int count = VectorOf<R>::width;
+
+  template <typename T>
+  static Value load_from(const T* p) {
+    return load(p);
+  }
+  template <typename T>
+  static void store_to(T* p, Value v) {
+    store(p, v);
+  }
+};
+
+// the first lanes of one,
+template <typename R>
+struct First {
+  using Value = Vector<R>;
+  static constexpr bool is_vector = true;
+  int count;
+
+  template <typename T>
+  Value load_from(const T* p) const {
+    return load_first(p, count);
+  }
+  template <typename T>
+  void store_to(T* p, Value v) const {
+    store_first(p, count, v);
+  }
+};
+
+// or a single one.
+template <typename R>
+struct One {
+  using Value = R;
+  static constexpr bool is_vector = false;
+  static constexpr int count = 1;
+
+  template <typename T>
+  static Value load_from(const T* p) {
+    return load_one(p);
+  }
+  template <typename T>
+  static void store_to(T* p, Value v) {
+    store_one(p, v);
+  }
+};
+
+// Calls f(lanes, i) for what is left of [0, n) from i on, less than a vector.
+template <typename R, typename F>
+static inline void for_last_lanes(int i, int n, const F& f) {
+  if constexpr (has_masks) {
+    if (i < n) {
+      f(First<R>{n - i}, i);
+    }
+  } else {
+    for (; i < n; ++i) {
+      f(One<R>{}, i);
+    }
+  }
+}
+
+// Calls f(lanes, i) for neighbouring lanes from i on, which cover [0, n).
+template <typename R, typename F>
+static inline void for_lanes(int n, const F& f) {
+  constexpr int width = VectorOf<R>::width;
+  int i = 0;
+  MLX_DEFORM_UNROLL(2)
+  for (; i + width <= n; i += width) {
+    f(Whole<R>{}, i);
+  }
+  for_last_lanes<R>(i, n, f);
+}
+
+} // namespace
+
+} // namespace mlx_deform::cpu::MLX_DEFORM_ISA
