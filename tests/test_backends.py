@@ -1,11 +1,10 @@
 """The same tests on the code that this machine would not choose by itself.
 
-The baseline instruction set, and the GPU's route over its stand-in kernels on the CPU: with a
-column budget so small that every convolution takes many chunks.
+Every other instruction set of the CPU, and the GPU's route over its stand-in kernels on the
+CPU: with a column budget so small that every convolution takes many chunks.
 """
 
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+import mlx_deform._ext
 from numerics import test_device
 
 TESTS = Path(__file__).parent
@@ -28,6 +28,8 @@ STAND_IN = {"MLX_DEFORM_STAND_IN": "1"}
 OWN_OUTPUTS = {"MLX_DEFORM_STAND_IN": "own"}
 SMALL_CHUNKS = {"MLX_DEFORM_COLUMN_BUDGET_MB": "0.01"}
 SMALL_PIECES = {"MLX_DEFORM_PIECE_GFLOP": "1e-5"}
+
+ISAS = ("avx512", "avx2", "baseline")
 
 without_a_gpu = pytest.mark.skipif(
     test_device() != mx.cpu, reason="a build with a GPU has no stand-in for it"
@@ -46,6 +48,8 @@ RUNS = {
         [FORWARD, GRADIENTS, TRANSFORMS, ATTENTION],
     ),
     "in-place": (STAND_IN, [FORWARD, HALF, IM2COL, ATTENTION]),
+    "avx512": ({"MLX_DEFORM_ISA": "avx512"}, [FORWARD, GRADIENTS, HALF, ATTENTION]),
+    "avx2": ({"MLX_DEFORM_ISA": "avx2"}, [FORWARD, GRADIENTS, HALF, ATTENTION]),
     "baseline": ({"MLX_DEFORM_ISA": "baseline"}, [FORWARD, HALF, ATTENTION]),
     "own-outputs": (OWN_OUTPUTS, [IM2COL, ATTENTION]),
 }
@@ -63,12 +67,23 @@ def run_tests(environment, files):
     )
 
 
+def why_not(run):
+    """Why this machine doesn't do this run, or None."""
+    if run not in ISAS:
+        return None if test_device() == mx.cpu else "a build with a GPU has no stand-in for it"
+    if run not in mlx_deform._ext._isas():
+        return f"this machine has no {run}"
+    if run == mlx_deform._ext._isa and test_device() == mx.cpu:
+        return f"all other tests run {run} on this machine"
+    return None
+
+
 def run_of(item):
     """The name of the run that a test of this file wants, if it isn't skipped, else None."""
     if item.path != Path(__file__) or "run" not in item.fixturenames:
         return None
     run = item.callspec.params["run"]
-    return run if run == "baseline" or test_device() == mx.cpu else None
+    return None if why_not(run) else run
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +93,27 @@ def runs(request):
         yield {name: pool.submit(run_tests, *RUNS[name]) for name in RUNS if name in wanted}
 
 
-@pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this machine"
-)
-@pytest.mark.parametrize("run", ["baseline"])
-def test_baseline_instruction_set(run, runs):
+@pytest.mark.parametrize("run", RUNS)
+def test_the_other_code(run, runs):
+    if why_not(run):
+        pytest.skip(why_not(run))
     done = runs[run].result()
     assert done.returncode == 0, done.stdout
 
 
-@without_a_gpu
-@pytest.mark.parametrize("run", [name for name in RUNS if name != "baseline"])
-def test_the_route_of_the_gpu(run, runs):
-    done = runs[run].result()
-    assert done.returncode == 0, done.stdout
+def test_an_instruction_set_of_another_machine_is_refused():
+    done = subprocess.run(
+        [sys.executable, "-c", "import mlx_deform"],
+        env={**os.environ, "MLX_DEFORM_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    names = ", ".join(mlx_deform._ext._isas())
+    assert f"MLX_DEFORM_ISA must be an instruction set of this machine, one of {names}" in (
+        done.stderr.replace("\n", " ")
+    )
+    assert "got sse9" in done.stderr
 
 
 @without_a_gpu

@@ -154,10 +154,12 @@ inline std::vector<ColumnRange> column_ranges(
 }
 
 // Pixels of one tile: large enough for an efficient product, small enough that
-// small maps still make a few tiles; all but the last are of one size.
-inline int64_t pixels_per_tile(int64_t pixels, int64_t most) {
+// small maps still make a few tiles; all but the last are of one size, whole
+// steps of what a product takes at once.
+inline int64_t pixels_per_tile(int64_t pixels, int64_t most, int64_t step = 1) {
   most = std::clamp<int64_t>(round_up(ceil_div(pixels, 16), 16), 32, most);
-  return pixels == 0 ? most : ceil_div(pixels, ceil_div(pixels, most));
+  return pixels == 0 ? most
+                     : round_up(ceil_div(pixels, ceil_div(pixels, most)), step);
 }
 
 template <typename R>
@@ -207,6 +209,7 @@ void sampling_vjp(
     ThreadPool::Session& session,
     const Source<T, R>& source,
     const F& column_cotangent,
+    int64_t pixel_step, // what column_cotangent takes at once
     R* grad_input,
     R* grad_offset,
     R* grad_mask) {
@@ -221,7 +224,8 @@ void sampling_vjp(
       ceil_div(source.taps(), ceil_div(source.taps(), most_taps)));
   const int64_t pixel_bytes =
       step * (p.C * sizeof(R) + p.DG * sizeof(Sample<R>));
-  const int64_t tile = pixels_per_tile(source.pixels(), chunk_tile_pixels);
+  const int64_t tile =
+      pixels_per_tile(source.pixels(), chunk_tile_pixels, pixel_step);
   const int64_t chunk =
       round_up(std::max<int64_t>(1, chunk_bytes / pixel_bytes), tile);
 

@@ -20,6 +20,9 @@ namespace mlx_deform::cpu {
 // the scratch memory small.
 constexpr int64_t packed_bytes_most = 16 << 20;
 
+// Fewer columns than these leave our products' vectors too empty.
+constexpr int64_t least_columns = 5;
+
 // Room after a row of columns for a product that reads whole panels.
 constexpr int64_t panel_room = 16;
 
@@ -51,13 +54,20 @@ struct WeightShape {
   }
 };
 
-// Our own products where this machine has them, a panel of `columns` columns is
-// reasonably full, and the packed weight is small; else null, for BLAS. Depends
-// on the problem and the machine alone.
+// Our own products where this machine has them and the packed weight is small;
+// else null, for BLAS. A half-empty vector still costs less than BLAS's calls
+// and packing do; Apple's matrix units, which only Accelerate reaches, win as
+// soon as `columns` fill theirs. Depends on the problem and the machine alone.
 template <typename R>
 const Products<R>* products_for(int64_t columns, int64_t packed) {
+#if defined(__APPLE__) && defined(__aarch64__)
+  constexpr int64_t matrix_unit = 64 / sizeof(R);
+  if (columns >= matrix_unit) {
+    return nullptr;
+  }
+#endif
   const Products<R>* own = own_products<R>();
-  return own && 2 * columns >= own->panel &&
+  return own && columns >= least_columns &&
           packed * int64_t(sizeof(R)) <= packed_bytes_most
       ? own
       : nullptr;
@@ -148,6 +158,11 @@ class ForwardProduct {
     } else if (own_) {
       weight_ = pack(session);
     }
+  }
+
+  // Tiles of whole steps leave no part of a strip.
+  int64_t pixel_step() const {
+    return own_ ? own_->strip : 1;
   }
 
   // How many pixels a tile may have: fewer for our own products, so that the
@@ -345,6 +360,11 @@ class ColumnCotangentProduct {
     } else if (own_) {
       weight_ = pack(session);
     }
+  }
+
+  // Tiles of whole steps leave no part of a strip.
+  int64_t pixel_step() const {
+    return own_ ? own_->strip : 1;
   }
 
   // From the rows (O) of the cotangent at the block's pixels, for all channels:

@@ -51,7 +51,8 @@ void forward(
 
   ThreadPool::Session session(ThreadPool::instance());
   const ForwardProduct<R> product(session, p, weight);
-  const int64_t tile = pixels_per_tile(source.pixels(), product.most_pixels());
+  const int64_t tile = pixels_per_tile(
+      source.pixels(), product.most_pixels(), product.pixel_step());
   const int64_t strip = product.pixels_at_once(tile);
 
   session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {
@@ -184,6 +185,7 @@ void backward(
             source, cotangent, block.pixel_begin, block.pixel_end, worker);
         product.multiply(block, rows, out, worker);
       },
+      product.pixel_step(),
       grad_input,
       grad_offset,
       grad_mask);

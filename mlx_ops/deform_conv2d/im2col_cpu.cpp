@@ -110,6 +110,7 @@ void DeformIm2colVJP::eval_cpu(
               columns += block.width();
             }
           },
+          1,
           grad_input,
           grad_offset,
           grad_mask);
