@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 import mlx_deform
+import mlx_deform._ext
 from numerics import ARGUMENTS, to_mx, to_numpy
 from problem import FORWARD, product_of
 
@@ -30,6 +31,11 @@ def device_kind():
 
 class Contender:
     name = None
+
+    @staticmethod
+    def instruction_set():
+        """Of the CPU's that it runs, as far as it tells."""
+        return "its own choice"
 
     def launch(self, which):
         raise NotImplementedError
@@ -78,6 +84,10 @@ class _Mlx(Contender):
 
 class MlxDeform(_Mlx):
     name = "mlx_deform"
+
+    @staticmethod
+    def instruction_set():
+        return mlx_deform._ext._isa
 
     def __init__(self, problem, dtype, threads):
         super().__init__(problem, dtype, threads, ARGUMENTS)
@@ -137,13 +147,23 @@ class OpenBlas(Contender):
 
     name = "OpenBLAS sgemm"
 
-    def __init__(self, problem, dtype, threads):
+    @staticmethod
+    def library():
         try:
             import scipy_openblas32
         except ImportError:
             raise Unavailable("scipy-openblas32 is not installed") from None
-        library = Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"
-        self.blas = ctypes.CDLL(str(library))  # the copy that mlx_deform has loaded
+        path = Path(scipy_openblas32.get_lib_dir()) / "libscipy_openblas.so"
+        return ctypes.CDLL(str(path))  # the copy that mlx_deform has loaded
+
+    @staticmethod
+    def instruction_set():
+        core = OpenBlas.library().scipy_openblas_get_corename
+        core.restype = ctypes.c_char_p
+        return f"kernels for {core().decode()}"
+
+    def __init__(self, problem, dtype, threads):
+        self.blas = self.library()
         self.threads = threads
         self.product = product = product_of(problem.config)
         self.pieces = product.rows()

@@ -164,8 +164,13 @@ def measure(options):
         )
     )
     about = machine(suite.kind, options.threads)
+    if suite.kind == "cpu":
+        about["instruction_sets"] = suite.instruction_sets()
     table = Table(list(options.cases), [peer.name for peer in suite.peers], suite.bound.name)
-    print(f"{describe(about)}\n{table.header()}", flush=True)
+    print(describe(about))
+    for who, isa in about.get("instruction_sets", {}).items():
+        print(f"instruction set of {who}: {isa}")
+    print(table.header(), flush=True)
 
     rows, status = [], 0
     cases, write = progress(options.cases)

@@ -36,6 +36,11 @@ def imported_torch(device, threads):
     return torch
 
 
+def torch_instruction_set(library):
+    """Of torch's own loops, for it doesn't tell that of the library which does the products."""
+    return f"{imported('torch').backends.cpu.get_cpu_capability()}, {library}'s own choice"
+
+
 def channels_first(array):
     return array if array.ndim == 1 else np.ascontiguousarray(np.moveaxis(array, -1, 1))
 
@@ -44,6 +49,10 @@ class Torch(Contender):
     """A function of torch tensors, and its backward to all of them."""
 
     names = ARGUMENTS
+
+    @staticmethod
+    def instruction_set():
+        return torch_instruction_set("oneDNN")
 
     def __init__(self, problem, dtype, threads, device):
         self.torch = torch = imported_torch(device, threads)
@@ -89,6 +98,10 @@ class Torch(Contender):
 
 class Torchvision(Torch):
     name = "torchvision"
+
+    @staticmethod
+    def instruction_set():
+        return "sampling in the compiler's default, " + torch_instruction_set("MKL")
 
     def __init__(self, problem, dtype, threads, device):
         super().__init__(problem, dtype, threads, device)
@@ -147,10 +160,26 @@ class TorchConv2d(Torch):
         return conv2d(input, weight, bias, **self.config.settings, groups=self.config.G)
 
 
+class TorchConv2dChannelsLast(TorchConv2d):
+    """The same in the memory layout that it is fastest in."""
+
+    name = "torch conv2d channels_last"
+
+    def tensor(self, array):
+        tensor = super().tensor(array)
+        if tensor.ndim != 4:
+            return tensor
+        return tensor.contiguous(memory_format=self.torch.channels_last)
+
+
 class TorchMm(Contender):
     """The bare matrix products once more, by torch."""
 
     name = "torch.mm"
+
+    @staticmethod
+    def instruction_set():
+        return torch_instruction_set("MKL")
 
     def __init__(self, problem, dtype, threads, device):
         self.torch = torch = imported_torch(device, threads)
@@ -225,9 +254,9 @@ class OnnxRuntime(Contender):
 
 
 PEERS = {
-    "cpu": (TorchMm, TorchConv2d, OnnxRuntime, Torchvision),
+    "cpu": (TorchMm, TorchConv2d, TorchConv2dChannelsLast, OnnxRuntime, Torchvision),
     "metal": (MlxConv2d, TorchConv2d, MpsDeformConv, Torchvision),
-    "cuda": (MlxConv2d, TorchConv2d, DeformOps, Torchvision),
+    "cuda": (MlxConv2d, TorchConv2d, TorchConv2dChannelsLast, DeformOps, Torchvision),
 }
 
 

@@ -54,6 +54,16 @@ class Suite:
     def device(self):
         return "cpu" if self.kind == "cpu" else "gpu"
 
+    def instruction_sets(self):
+        """What each contender runs of the CPU's, by name; without those not installed."""
+        named = {}
+        for contender in (MlxDeform, self.bound, *self.peers):
+            try:
+                named[contender.name] = contender.instruction_set()
+            except Unavailable:
+                continue
+        return named
+
     def note(self, text, case):
         self.notes.setdefault(text, []).append(case)
 
