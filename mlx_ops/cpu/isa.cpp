@@ -37,7 +37,8 @@ Isa choose() {
     if (isa_name(isa) == wish) {
       return isa;
     }
-    names += (names.empty() ? "" : ", ") + isa_name(isa);
+    names += names.empty() ? "" : ", ";
+    names += isa_name(isa);
   }
   throw std::invalid_argument(
       "[mlx_deform] MLX_DEFORM_ISA must be an instruction set of this "

@@ -21,6 +21,10 @@ namespace {
 
 constexpr size_t cache_line = 64;
 
+// Operations that a core does in about 100 us: hardly more than waking others
+// up takes.
+constexpr int64_t little_work = 5'000'000;
+
 // Batches of one call follow within microseconds, and workers finish at about
 // the same time: looking for that a while, some 100 us, is cheaper than
 // sleeping and waking. Not by yielding, which costs a thread its turn where
@@ -67,14 +71,32 @@ class Placement {
     if (CPU_COUNT(&others) == 0) {
       return;
     }
-    for (auto& thread : threads) {
-      pthread_setaffinity_np(thread.native_handle(), sizeof(others), &others);
-    }
+    allow(threads, others);
     avoided_ = cpu;
 #endif
   }
 
+  // Before the caller sleeps: a worker that another program has put off its CPU
+  // may take the one that falls free.
+  void allow_this_cpu(std::vector<std::thread>& threads) {
+#if defined(__linux__)
+    cpu_set_t all;
+    if (avoided_ >= 0 && sched_getaffinity(0, sizeof(all), &all) == 0) {
+      allow(threads, all);
+      avoided_ = -1;
+    }
+#endif
+  }
+
  private:
+#if defined(__linux__)
+  static void allow(std::vector<std::thread>& threads, const cpu_set_t& cpus) {
+    for (auto& thread : threads) {
+      pthread_setaffinity_np(thread.native_handle(), sizeof(cpus), &cpus);
+    }
+  }
+#endif
+
   int avoided_{-1};
 };
 
@@ -204,7 +226,8 @@ int ThreadPool::size() const {
   return static_cast<int>(state_->workers.size());
 }
 
-ThreadPool::Session::Session(ThreadPool& pool) : pool_(pool) {
+ThreadPool::Session::Session(ThreadPool& pool, int64_t work)
+    : pool_(pool), alone_(work <= little_work) {
   pool_.state_->session.lock();
 }
 
@@ -213,7 +236,7 @@ ThreadPool::Session::~Session() {
 }
 
 int ThreadPool::Session::size() const {
-  return pool_.size();
+  return alone_ ? 1 : pool_.size();
 }
 
 Scratch& ThreadPool::Session::shared_columns() {
@@ -232,7 +255,7 @@ void ThreadPool::Session::run(
     int64_t count,
     const std::function<void(int64_t, Worker&)>& task) {
   State& state = *pool_.state_;
-  if (count <= 1 || state.threads.empty()) {
+  if (count <= 1 || alone_ || state.threads.empty()) {
     for (int64_t i = 0; i < count; ++i) {
       task(i, *state.workers[0]);
     }
@@ -262,6 +285,9 @@ void ThreadPool::Session::run(
   }
   const auto all_done = [&] { return state.busy.load() == 0; };
   spin_until(all_done);
+  if (!all_done()) {
+    state.placement.allow_this_cpu(state.threads);
+  }
   std::unique_lock lock(state.mutex);
   state.done.wait(lock, all_done);
   if (state.error) {

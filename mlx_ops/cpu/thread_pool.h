@@ -51,7 +51,10 @@ class ThreadPool {
   // Holds the pool for a sequence of `run` calls and the shared scratch memory.
   class Session {
    public:
-    explicit Session(ThreadPool& pool);
+    // A call of little work, in floating-point operations, stays on the
+    // caller's thread: with others, it would wait for them to wake up, and
+    // where another program has their CPU, for its turn to end.
+    explicit Session(ThreadPool& pool, int64_t work = much_work);
     ~Session();
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
@@ -68,7 +71,9 @@ class ThreadPool {
     Scratch& packed_weight();
 
    private:
+    static constexpr int64_t much_work = INT64_MAX;
     ThreadPool& pool_;
+    bool alone_;
   };
 
  private:

@@ -64,6 +64,13 @@ struct Source {
     return params.pixel_end - params.pixel_begin;
   }
 
+  // Operations of the sampling and of a product with a weight: what a pass
+  // takes at the least.
+  int64_t work() const {
+    const int64_t columns = pixels() * taps() * params.C;
+    return columns * (8 + 2 * int64_t(params.O) / params.G);
+  }
+
   GroupRange groups(const Block& block) const {
     return offset_groups(params, block.channel_begin, block.channel_end);
   }

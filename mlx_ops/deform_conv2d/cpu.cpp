@@ -49,7 +49,7 @@ void forward(
   const DeformConv2dParams& p = source.params;
   const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
 
-  ThreadPool::Session session(ThreadPool::instance());
+  ThreadPool::Session session(ThreadPool::instance(), source.work());
   const ForwardProduct<R> product(session, p, weight);
   const int64_t tile = pixels_per_tile(
       source.pixels(), product.most_pixels(), product.pixel_step());
@@ -169,7 +169,7 @@ void backward(
     R* grad_offset,
     R* grad_weight,
     R* grad_mask) {
-  ThreadPool::Session session(ThreadPool::instance());
+  ThreadPool::Session session(ThreadPool::instance(), 2 * source.work());
   if (grad_weight) {
     weight_vjp(session, source, cotangent, grad_weight);
   }

@@ -20,7 +20,7 @@ void im2col(const Source<T, R>& source, T* columns) {
   const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
   const int64_t tile = pixels_per_tile(source.pixels(), tile_pixels);
 
-  ThreadPool::Session session(ThreadPool::instance());
+  ThreadPool::Session session(ThreadPool::instance(), source.work());
   session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {
     for (const ColumnRange& range : ranges) {
       const int64_t begin = i * tile;
@@ -96,7 +96,8 @@ void DeformIm2colVJP::eval_cpu(
       R* grad_input = take(wanted.input);
       R* grad_offset = take(wanted.offset);
       R* grad_mask = take(wanted.mask);
-      cpu::ThreadPool::Session session(cpu::ThreadPool::instance());
+      cpu::ThreadPool::Session session(
+          cpu::ThreadPool::instance(), 2 * source.work());
       cpu::sampling_vjp(
           session,
           source,
