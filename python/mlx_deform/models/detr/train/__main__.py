@@ -47,7 +47,7 @@ def parse_arguments(arguments):
     parser.add_argument(
         "--learning-rate",
         type=at_least(float, 0, 1),
-        default=1.5e-3,
+        default=2e-3,
         metavar="X",
         help="of AdamW, after a warm-up and before a decay (default: %(default)s)",
     )
