@@ -35,7 +35,7 @@ BUILDS = {
 
 def compiler_for(machine):
     """The system's compiler or Debian's cross compiler, else zig, or a skip."""
-    if IS_X86 == (machine == "x86_64") and (native := shutil.which("c++")):
+    if (machine == "x86_64") == IS_X86 and (native := shutil.which("c++")):
         return [native]
     if machine == "aarch64" and (cross := shutil.which("aarch64-linux-gnu-g++")):
         return [cross, "-static"]

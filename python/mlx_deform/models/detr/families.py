@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ...nn.ordinary import use_fast_products
 from . import (
     d_fine_config,
     d_fine_weights,
@@ -94,5 +95,5 @@ def config_of(name: str) -> DetectorConfig:
 
 
 def model_of(config: DetectorConfig) -> Detector:
-    """A new model, with random weights."""
-    return FAMILIES[config.model_type].model(config)
+    """A new model, with random weights and the products that suit the device."""
+    return use_fast_products(FAMILIES[config.model_type].model(config))
