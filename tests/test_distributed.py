@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_deform.demo import digits, networks, training
+from mlx_deform.demo import networks, training
+from mlx_deform.demo.frames import BLOCK, SIDE, Batch
 from numerics import relative_error
 
 PROCESSES, BATCH = 2, 8
@@ -71,12 +72,13 @@ def gradients_of(group, rank, ranks):
     """Loss and gradients of the demo's network, its kernels bent at random, on a rank's share."""
     mx.random.seed(3)
     network = networks.Network("deformable")
-    for layer in network.layers:
-        layer.offset_conv.bias = mx.random.normal(layer.offset_conv.bias.shape)
-    images = mx.random.uniform(shape=(BATCH, digits.CANVAS, digits.CANVAS, 1))
-    labels = mx.random.randint(0, networks.CLASSES, (BATCH,))
+    network.offset_conv.bias = mx.random.normal(network.offset_conv.bias.shape)
+    network.restore[-1].weight = mx.random.normal(network.restore[-1].weight.shape)
+    noisy, neighbour, truth = mx.random.uniform(shape=(3, BATCH, SIDE, SIDE, 3))
+    vectors = mx.random.normal((BATCH, SIDE // BLOCK, SIDE // BLOCK, 2))
     share = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-    value, gradients = training.loss_and_gradients(network, images[share], labels[share], group)
+    batch = Batch(noisy, neighbour, vectors, truth)[share]
+    value, gradients = training.loss_and_gradients(network, batch, group)
     flat = {name: np.array(array) for name, array in tree_flatten(gradients)}
     return {"loss": np.array(value), **flat}
 
@@ -121,23 +123,23 @@ def test_averaged_gradients_are_those_of_the_whole_batch(launcher, tmp_path):
 
     mx.set_default_device(mx.cpu)
     whole = gradients_of(Alone(), 0, 1)
-    assert {"stem.weight", "layers.1.offset_conv.weight", "head.bias"} <= whole.keys()
+    assert {"encode.weight", "offset_conv.weight", "restore.2.bias"} <= whole.keys()
     for name, want in whole.items():
         first, second = files["averaged0"][name], files["averaged1"][name]
         assert np.array_equal(first, second), name
-        assert relative_error(first, want) < 1e-5, name
-        if name != "loss":  # which is log(10) for any share, this early
-            own = files["alone0"][name]
-            assert relative_error(own, want) > 1e-3, f"{name}: nothing was averaged"
+        # A bias sums thousands of terms of either sign, in float32 and another order.
+        assert relative_error(first, want) < 1e-4, name
+        own = files["alone0"][name]
+        assert relative_error(own, want) > 1e-3, f"{name}: nothing was averaged"
 
 
 def test_the_demo_on_two_processes(launcher, tmp_path):
-    pytest.importorskip("sklearn")
-    quick = ["--seeds", 1, "--epochs", 1, "--digits", 16, "--batch-size", 8]
+    pytest.importorskip("skimage")
+    quick = ["--seeds", 1, "--steps", 2, "--batch-size", 4]
     done = launch(sys.executable, "-m", "mlx_deform.demo", *quick, cwd=tmp_path)
     assert (tmp_path / "mlx_deform_demo.png").is_file(), done.stdout + done.stderr
     assert "processes 2" in done.stdout
-    for line in ("test accuracy, %", "\nordinary ", "\ndeformable ", "\nsaved "):
+    for line in ("test PSNR, dB", "\nordinary ", "\ndeformable ", "\nsaved "):
         assert done.stdout.count(line) == 1, done.stdout
 
 

@@ -1,59 +1,97 @@
-"""Two small networks that differ in their convolutions alone, with about equal parameters."""
+"""Two small networks that differ in one convolution alone, with about equal parameters."""
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .. import nn as deformable
-from ..nn.ordinary import Conv2d
-from .digits import CANVAS
+from ..nn.ordinary import use_fast_products
+from .frames import BLOCK
 
-CLASSES = 10
-MEAN, DEVIATION = 0.11, 0.24  # of the images' values
-WIDTHS = {"ordinary": (16, 40, 46), "deformable": (16, 32, 32)}
+STRIDE = 2  # pixels between positions of the networks' maps
+PIXELS = 3 * STRIDE**2  # channels of a frame, of which a position holds STRIDE * STRIDE pixels
+CHANNELS = PIXELS + 12  # and of its map: the pixels, and features
+TAPS = 9
+WIDTHS = {"ordinary": 15, "deformable": 12}  # of the layers that restore
 
 
-class ModulatedDeformConv2d(deformable.ModulatedDeformConv2d):
-    """The library's layer, with that convolution to predict its offsets and masks.
+def fold(frames):
+    """(N, H, W, C) to (N, H / STRIDE, W / STRIDE, STRIDE * STRIDE * C)."""
+    n, height, width, channels = frames.shape
+    parts = frames.reshape(n, height // STRIDE, STRIDE, width // STRIDE, STRIDE, channels)
+    return parts.transpose(0, 1, 3, 2, 4, 5).reshape(*parts.shape[:2], parts.shape[3], -1)
 
-    With this mask_scale it starts as an ordinary convolution.
-    """
 
-    def __init__(self, *sizes, **options):
-        super().__init__(*sizes, **options, mask_scale=2)
-        weights = self.offset_conv.parameters()
-        channels = self.offset_conv.weight.shape[0]
-        self.offset_conv = Conv2d(
-            self.in_channels, channels, self.kernel_size, self.stride, self.padding
-        )
-        self.offset_conv.update(weights)
+def unfold(maps):
+    """The inverse of fold."""
+    n, height, width, channels = maps.shape
+    parts = maps.reshape(n, height, width, STRIDE, STRIDE, channels // STRIDE**2)
+    return parts.transpose(0, 1, 3, 2, 4, 5).reshape(n, height * STRIDE, width * STRIDE, -1)
+
+
+def start_as_identity(layer):
+    """Its middle tap hands over the first channels, and the rest adds little."""
+    channels, height, width, inputs = layer.weight.shape
+    layer.weight = 0.3 * layer.weight
+    layer.weight[:, height // 2, width // 2] += mx.eye(channels, inputs)
+
+
+def set_zero(layer):
+    layer.update({name: mx.zeros_like(array) for name, array in layer.parameters().items()})
 
 
 class Network(nn.Module):
-    """A stem and two layers, all of 3x3 kernels, and a linear one.
+    """Aligns the neighbour with the noisy frame, and restores the frame from both.
 
-    kind: "ordinary" or "deformable", which says what the two layers are.
+    kind: "ordinary" or "deformable", which says what convolution aligns. Both kinds see both
+    frames and the motion vectors: the ordinary one as its input, the deformable one to predict
+    from them where it samples the neighbour.
     """
 
     def __init__(self, kind):
         super().__init__()
-        stem, middle, last = WIDTHS[kind]
-        layer = {"ordinary": Conv2d, "deformable": ModulatedDeformConv2d}[kind]
-        self.stem = Conv2d(1, stem, 3, stride=2, padding=1)
-        self.layers = [
-            layer(stem, middle, 3, stride=1, padding=1),
-            layer(middle, last, 3, stride=2, padding=1),
+        width = WIDTHS[kind]
+        seen = 2 * CHANNELS + 2
+        self.encode = nn.Conv2d(PIXELS, CHANNELS - PIXELS, 3, padding=1)
+        if kind == "deformable":
+            self.offset_conv = nn.Conv2d(seen, 2 * TAPS, 3, padding=1)
+            self.align = deformable.DeformConv2d(CHANNELS, CHANNELS, 3, padding=1)
+            set_zero(self.offset_conv)
+        else:
+            self.align = nn.Conv2d(seen, CHANNELS, 3, padding=1)
+        start_as_identity(self.align)
+        self.restore = [
+            nn.Conv2d(seen, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, PIXELS, 3, padding=1),
         ]
-        self.head = nn.Linear(last * (CANVAS // 4) ** 2, CLASSES)
+        set_zero(self.restore[-1])
+        use_fast_products(self)
 
-    def features(self, images):
-        """The input of each layer, and the output of the last."""
-        maps = [nn.relu(self.stem((images - MEAN) / DEVIATION))]
-        for layer in self.layers:
-            maps.append(nn.relu(layer(maps[-1])))
-        return maps
+    def maps(self, batch):
+        """Of the neighbour, of the noisy frame, and of the motion vectors, in pixels."""
+        pixels = 4 * (fold(mx.concatenate([batch.neighbour, batch.noisy])) - 0.5)
+        frames = mx.concatenate([pixels, nn.relu(self.encode(pixels))], axis=-1)
+        repeats = BLOCK // STRIDE
+        vectors = mx.repeat(mx.repeat(batch.vectors, repeats, axis=1), repeats, axis=2)
+        return *mx.split(frames, 2), vectors
 
-    def __call__(self, images):
-        return self.head(self.features(images)[-1].flatten(1))
+    def offset(self, neighbour, noisy, vectors):
+        """Where each tap of the deformable layer samples the neighbour's map."""
+        # What frames say weighs little while little is learnt.
+        return self.offset_conv(mx.concatenate([0.2 * neighbour, 0.2 * noisy, vectors], axis=-1))
+
+    def __call__(self, batch):
+        neighbour, noisy, vectors = self.maps(batch)
+        if "offset_conv" in self:
+            aligned = self.align(neighbour, self.offset(neighbour, noisy, vectors))
+        else:
+            aligned = self.align(mx.concatenate([neighbour, noisy, vectors], axis=-1))
+        x = mx.concatenate([aligned, noisy, vectors], axis=-1)
+        first, second, last = self.restore
+        x = nn.relu(first(x))
+        x = x + nn.relu(second(x))
+        return unfold(aligned[..., :PIXELS] + last(x)) / 4 + 0.5
 
 
 def count(network):
@@ -61,6 +99,6 @@ def count(network):
 
 
 def predictor_count(network):
-    """The parameters that predict offsets and masks."""
+    """The parameters that predict offsets."""
     parameters = tree_flatten(network.parameters())
     return sum(array.size for name, array in parameters if "offset_conv" in name)

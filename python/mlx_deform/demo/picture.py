@@ -1,97 +1,74 @@
-"""Where the kernels of trained networks sample, over digits."""
+"""What trained networks make of frames, and where the deformable one samples the neighbour."""
 
 import mlx.core as mx
 import numpy as np
 from matplotlib.figure import Figure
 
-from .networks import ModulatedDeformConv2d
+from .frames import SIDE
+from .networks import STRIDE, TAPS
+from .training import psnr
 
-LABELS = (0, 2, 3, 5, 7, 9)
-STEM_STRIDE = 2  # pixels between positions of the stem's output
+EXAMPLES = (12, 24, 47)  # pairs to test on
+PLACES = (6, 17)  # rows and columns of positions whose samples are drawn
 
 
-def layer_samples(layer, features):
-    """Where the taps of a layer sample its input, and with what weights, at every position.
+def samples(network, batch):
+    """Where the taps that align sample the neighbour, and where they would without offsets.
 
-    features: (1, H, W, C). Returns (H_out, W_out, taps, 2), in positions of the input, and
-    (H_out, W_out, taps).
+    Both are in pixels of the frame, (N, SIDE / STRIDE, SIDE / STRIDE, TAPS, 2).
     """
-    taps = np.indices(layer.weight.shape[1:3]).reshape(2, -1).T
-    if isinstance(layer, ModulatedDeformConv2d):
-        offset, mask = (np.array(part[0]) for part in layer.offset_and_mask(features))
-        offset = offset.reshape(*mask.shape, 2)
-    else:
-        height, width = layer(features).shape[1:3]
-        mask = np.ones((height, width, len(taps)))
-        offset = np.zeros((*mask.shape, 2))
-    positions = np.indices(mask.shape[:2]).transpose(1, 2, 0)[:, :, None]
-    return positions * layer.stride - np.array(layer.padding) + taps + offset, mask
+    neighbour, noisy, vectors = network.maps(batch)
+    taps = np.indices(network.align.weight.shape[1:3]).reshape(2, TAPS).T - 1
+    positions = np.indices(neighbour.shape[1:3]).transpose(1, 2, 0)[:, :, None]
+    grid = np.broadcast_to(positions + taps, (len(batch), *neighbour.shape[1:3], TAPS, 2))
+    offset = np.zeros(grid.shape)
+    if "offset_conv" in network:
+        offset = np.array(network.offset(neighbour, noisy, vectors)).reshape(grid.shape)
+    middle = (STRIDE - 1) / 2  # of a position's pixels
+    return STRIDE * (grid + offset) + middle, STRIDE * grid + middle
 
 
-def samples(network, image, position):
-    """What one position of the last layer sees through both layers.
-
-    image: (1, H, W, 1). Returns (taps * taps, 2) in pixels, and the weights (taps * taps,).
-    """
-    stem, middle, _ = network.features(image)
-    outer, outer_mask = layer_samples(network.layers[1], middle)
-    inner, inner_mask = layer_samples(network.layers[0], stem)
-    places, weights = outer[position], outer_mask[position]
-    points, products = [], []
-    for place, weight in zip(places, weights, strict=True):
-        # Samples lie between positions; the nearest one says how the first layer bends there.
-        row, column = np.clip(np.round(place).astype(int), 0, np.array(inner.shape[:2]) - 1)
-        points.append(inner[row, column] + place - (row, column))
-        products.append(weight * inner_mask[row, column])
-    return STEM_STRIDE * np.concatenate(points), np.concatenate(products)
+def show(axes, frame, title=None):
+    axes.imshow(np.clip(np.array(frame), 0, 1), interpolation="nearest")
+    axes.set(xticks=[], yticks=[], xlim=(-0.5, SIDE - 0.5), ylim=(SIDE - 0.5, -0.5))
+    if title:
+        axes.set_title(title, fontsize=9)
 
 
-def on_the_stroke(image, positions):
-    """The position, of a grid of that many a side, that is nearest to the middle of the ink."""
-    rows, columns = np.indices(image.shape)
-    stride = image.shape[0] / positions
-    middle = [(image * axis).sum() / image.sum() / stride for axis in (rows, columns)]
-    return tuple(int(np.clip(np.round(value), 0, positions - 1)) for value in middle)
+def show_samples(axes, points, grid):
+    """points, grid: of one pair, as samples gives them."""
+    chosen = np.ix_(PLACES, PLACES)
+    starts = grid[chosen][:, :, TAPS // 2].reshape(-1, 2)
+    ends = points[chosen].mean(axis=2).reshape(-1, 2)
+    taps = points[chosen].reshape(-1, 2)
+    for start, end in zip(starts, ends, strict=True):
+        axes.plot(*np.stack([start, end]).T[::-1], color="white", linewidth=1.5)
+    axes.scatter(*taps.T[::-1], s=16, color="gold", edgecolors="black", linewidths=0.5)
+    axes.scatter(
+        *starts.T[::-1], s=55, color="limegreen", marker="P", edgecolors="white", linewidths=0.7
+    )
 
 
 def draw(networks, data, out):
-    """networks: by kind, of which each is one row."""
-    chosen = [int(np.flatnonzero(data.test_labels == label)[0]) for label in LABELS]
-    figure = Figure(
-        figsize=(1.75 * len(LABELS), 1.9 * len(networks) + 0.7), layout="constrained", dpi=150
-    )
-    rows = figure.subplots(len(networks), len(LABELS))
-    for row, (kind, network) in zip(rows, networks.items(), strict=True):
-        row[0].set_ylabel(kind)
-        for axes, index in zip(row, chosen, strict=True):
-            image = data.test_images[index : index + 1]
-            pixels = np.array(image[0, :, :, 0])
-            last = network.features(image)[-1]
-            position = on_the_stroke(pixels, last.shape[1])
-            points, weights = samples(network, image, position)
-            guess = int(mx.argmax(network(image), axis=-1).item())
-            axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=1.6)
-            axes.scatter(
-                points[:, 1],
-                points[:, 0],
-                s=5 + 9 * weights / weights.max(),
-                c=weights,
-                cmap="plasma",
-                vmin=0,
-                vmax=max(1.0, weights.max()),
-                linewidths=0,
-            )
-            scale = pixels.shape[0] / last.shape[1]
-            middle = (position[1] * scale, position[0] * scale)
-            axes.plot(*middle, "P", color="tab:green", markeredgecolor="white", markersize=8)
-            label = data.test_labels[index]
-            axes.set_title(f"{label}" if guess == label else f"{label}, taken for {guess}")
-            edge = pixels.shape[0] - 0.5
-            axes.set(xticks=[], yticks=[], xlim=(-0.5, edge), ylim=(edge, -0.5))
-            axes.title.set_fontsize(9)
+    """networks: by kind; a row for each example."""
+    batch = data.test[mx.array(EXAMPLES)]
+    results = {kind: network(batch) for kind, network in networks.items()}
+    points, grid = samples(networks["deformable"], batch)
+    figure = Figure(figsize=(10.2, 2.2 * len(EXAMPLES) + 0.6), layout="constrained", dpi=90)
+    rows = figure.subplots(len(EXAMPLES), 3 + len(results))
+    scores = {kind: psnr(frames, batch.truth) for kind, frames in results.items()}
+    noisy_scores = psnr(batch.noisy, batch.truth)
+    for index, row in enumerate(rows):
+        show(row[0], batch.noisy[index], f"noisy, {noisy_scores[index]:.1f} dB")
+        show(row[1], batch.neighbour[index], "its neighbour, and samples")
+        show_samples(row[1], points[index], grid[index])
+        for axes, (kind, frames) in zip(row[2:], results.items(), strict=False):
+            show(axes, frames[index], f"{kind}, {scores[kind][index]:.1f} dB")
+        show(row[-1], batch.truth[index], "truth")
     figure.suptitle(
-        "What one position of the second 3x3 layer (green) samples through the first, over "
-        "test digits\nLarger and brighter: of more weight",
+        "Frames restored with the help of a neighbour that moved\n"
+        "Gold: where the trained deformable 3x3 kernel samples the neighbour for the frame's "
+        "places in green",
         fontsize=10,
     )
     figure.savefig(out, format="png")
