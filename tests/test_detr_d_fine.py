@@ -32,6 +32,7 @@ from mlx_deform.models.detr import (
     config_of,
     load_model,
     load_weights,
+    model_of,
     read_config,
     save_model,
 )
@@ -157,7 +158,7 @@ def test_layers_of_inference():
     pixels = pictures(*SIZE)
     want = whole(mx.array(pixels)).layers
     config = dataclasses.replace(whole.config, eval_idx=1)
-    ours = load_weights(DFINE(config), theirs.state_dict()).eval()
+    ours = load_weights(model_of(config), theirs.state_dict()).eval()
     steps = list(ours.steps(mx.array(pixels)))
     assert len(steps) == ours.step_count == whole.step_count - 1
     assert mx.array_equal(steps[-1].logits, want.logits[:, 1])
