@@ -47,7 +47,7 @@ def transposed(array: Array, rng: np.random.Generator) -> Array:
 
 def with_other_axes(array: Array, rng: np.random.Generator) -> Array:
     if array.values.ndim and array.values.size and rng.random() < 0.5:
-        return array.but(values=array.values[0])
+        return array.but(values=np.asarray(array.values[0]))
     return array.but(values=array.values[..., None])
 
 

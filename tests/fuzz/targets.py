@@ -93,7 +93,8 @@ def within(got: Results, want: Results, allowed: Results) -> None:
 
 
 def pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    first, second = value if isinstance(value, (tuple, list)) else (value, value)
+    return int(first), int(second)  # True is an int, and passes for 1
 
 
 def draw_convolution(rng: np.random.Generator) -> Arguments:
@@ -285,7 +286,7 @@ def to_torch(value: Any) -> Any:
         return value
     values = value.values
     values = np.moveaxis(values, -1, 1) if values.ndim == 4 else values
-    tensor = torch.tensor(np.ascontiguousarray(values))
+    tensor = torch.tensor(np.array(values, order="C"))
     if value.dtype == "bool_":
         return tensor > 0
     if value.dtype not in FLOATS:

@@ -38,12 +38,14 @@ MODULES = ("nanobind", "ziglang")
 WHEELS = ("mlx", "mlx-metal")
 NEEDED = re.compile(r"mlx/(include/|share/|lib/.*\.dylib|core\.)")
 CACHE = Path(tempfile.gettempdir()) / f"mlx_deform-macos-{os.getuid()}"
-# Symbols that exist beside those that MLX uses, in libc++ since macOS 10.7: to_string and
-# ostream << for every number. The letters are the ABI's names of the numbers' types.
+# Symbols that exist beside those that MLX uses, in libc++ since macOS 10.13: to_string and
+# ostream << for every number, new and delete with an alignment. The letters are the ABI's names
+# of the numbers' types.
 OSTREAM = "__ZNSt3__113basic_ostreamIcNS_11char_traitsIcEEEls"
 MORE_SYMBOLS = {
     "libc++": {f"__ZNSt3__19to_stringE{number}" for number in "ijlmxyfde"}
     | {f"{OSTREAM}E{number}" for number in "bstijlmxyfde"}
+    | {"__ZnwmSt11align_val_t", "__ZdlPvSt11align_val_t", "__ZdlPvmSt11align_val_t"}
 }
 # The variable that names a folder with the wheels, for machines without a network.
 WHEELS_VARIABLE = "MLX_DEFORM_MACOS_WHEELS"
