@@ -1,8 +1,9 @@
 """Times an RT-DETR on one picture: the whole model, and the deformable attention in it.
 
-Predictions are checked against transformers' with the same random weights, then timed: the
-model with the native op, the model with the same op in MLX's own primitives, and transformers'
-model in PyTorch; and the model's calls of the op alone, with what it calls them with.
+Predictions are checked against transformers' with the same random weights, then timed: the model
+with the native op, with the op's sampling in MLX's own primitives, with plain convolutions and
+linear layers in them too, and transformers' model in PyTorch; and the model's calls of the op
+alone, with what it calls them with.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from deform_conv2d import cores, positive, set_environment
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 EPILOG = "exit status: 0; 1 when predictions are not transformers'; 2 for wrong arguments."
-MODEL, PRIMITIVES, PEER = "the model", "with MLX primitives", "transformers, torch"
+MODEL, PEER = "the model", "transformers, torch"
+SAMPLING, PRIMITIVES = "with sampling in MLX primitives", "with everything in MLX primitives"
 OP, OP_IN_PRIMITIVES = "the op", "the op in MLX primitives"
 
 
@@ -62,6 +64,21 @@ def repeated(call):
     return run
 
 
+@contextlib.contextmanager
+def sampling_in_primitives():
+    import mlx_deform
+    from mlx_deform.nn import attention
+
+    op = attention.multi_scale_deformable_attention
+
+    def portable(*arguments, **settings):
+        with mlx_deform.portable():
+            return op(*arguments, **settings)
+
+    with mock.patch.object(attention, op.__name__, portable):
+        yield
+
+
 def contenders(theirs, ours, pixels):
     """By name: calls that compute everything before they return."""
     import mlx.core as mx
@@ -90,6 +107,7 @@ def contenders(theirs, ours, pixels):
 
     return {
         MODEL: model,
+        SAMPLING: lambda: model(sampling_in_primitives),
         PRIMITIVES: lambda: model(mlx_deform.portable),
         PEER: peer,
         OP: op,
@@ -118,7 +136,7 @@ def main(arguments=None):
 
     print(describe(machine(device_kind(), options.threads)))
     reference = runs[PEER]()
-    for name in (MODEL, PRIMITIVES):
+    for name in (MODEL, SAMPLING, PRIMITIVES):
         found = differences(runs[name](), reference)
         if not max(found) <= TOLERANCE:
             print(f"{name} disagrees with transformers: {max(found):.1e} > {TOLERANCE:.1e}")
@@ -126,7 +144,8 @@ def main(arguments=None):
     timings = race({n: repeated(r) for n, r in runs.items()}, options.seconds, options.repeats)
     seconds = {name: timing.median_s for name, timing in timings.items()}
     print(f"{options.model}, one picture of {options.size}x{options.size}, float32; ms: median")
-    for name, own in ((PRIMITIVES, MODEL), (PEER, MODEL), (OP_IN_PRIMITIVES, OP)):
+    pairs = ((SAMPLING, MODEL), (PRIMITIVES, MODEL), (PEER, MODEL), (OP_IN_PRIMITIVES, OP))
+    for name, own in pairs:
         print(
             f"{own} {milliseconds(seconds[own])} ms; {name} {milliseconds(seconds[name])} ms "
             f"({factor(seconds[name] / seconds[own])})"

@@ -107,8 +107,7 @@ def differences(outputs, theirs):
     """
     got = outputs.layers.logits, outputs.layers.boxes
     if hasattr(theirs, "enc_topk_bboxes"):
-        order = mx.array(same_order(outputs.encoder[1], theirs.enc_topk_bboxes))
-        got = [mx.take_along_axis(array, order[:, None, :, None], axis=2) for array in got]
+        got = in_order(got, same_order(outputs.encoder[1], theirs.enc_topk_bboxes))
     want = theirs.intermediate_logits, theirs.intermediate_reference_points
     if getattr(theirs, "intermediate_predicted_corners", None) is not None:
         # D-FINE's first entry, in training alone, comes before the layers' own.
@@ -126,6 +125,12 @@ def same_order(got, want):
         places[moved] = moved[distances.argmin(axis=1)] if len(moved) else moved
         assert len(set(places)) == len(places), "the selected queries differ"
     return order
+
+
+def in_order(arrays, order):
+    """Arrays (N, layers, Q, ...) with the queries in another order, integers (N, Q)."""
+    order = mx.array(order)[:, None, :, None]
+    return [mx.take_along_axis(array, order, axis=2) for array in arrays]
 
 
 def assert_same_state(ours, theirs):
