@@ -349,8 +349,11 @@ void scatter(
   for (int64_t i = 0; i < block.pixels() * block.taps(); ++i) {
     for (int dg = 0; dg < params.DG; ++dg, grad_columns += group_width) {
       const Sample<R>& s = *samples++;
-      const CornerWeights<R> w = value_weights(s.cell());
       const int64_t last = s.at + steps.step[3];
+      if (last < image_begin || s.at >= image_end) {
+        continue;
+      }
+      const CornerWeights<R> w = value_weights(s.cell());
       if (s.has_all_corners() && s.at >= image_begin && last < image_end) {
         // Vectors of all corners are loaded before any is stored, so that no
         // load waits for a store in a row of the same place in the cache.

@@ -104,12 +104,13 @@ void weight_vjp(
     return;
   }
   // Tasks own ranges of columns and sum over all pixels, so they share nothing.
-  // Where the ranges are few, the pixels are split as well, into a few partial
-  // sums that are added up in order.
-  constexpr int64_t tasks_wanted = 16;
+  // Where the ranges are few, the pixels are split as well, into partial sums
+  // that are added up in order: a few, or as many as large machines can use
+  // where each has many tiles to sum.
   const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
   const auto count = static_cast<int64_t>(ranges.size());
   const int64_t tiles = ceil_div(source.pixels(), tile_pixels);
+  const int64_t tasks_wanted = std::clamp<int64_t>(tiles / 8 * count, 16, 64);
   const int64_t most_splits = std::max<int64_t>(
       1,
       std::min(
