@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from .backbones.config import BackboneConfig
 from .backbones.hgnet_v2 import HGNetV2Config
-from .config import BackboneConfig, HybridConfig, labels_of
+from .config import HybridConfig, labels_of
 
 
 @dataclass(frozen=True)

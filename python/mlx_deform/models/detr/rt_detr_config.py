@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from .backbones.config import BackboneConfig
 from .backbones.resnet import ResNetConfig
-from .config import BackboneConfig, HybridConfig
+from .config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import BackboneConfig
 from ..layers import chain
+from .config import BackboneConfig
 from .layers import ConvLayer, Stages
 
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import BackboneConfig
 from ..layers import activation, chain
+from .config import BackboneConfig
 from .layers import ConvLayer, Stages, max_pool
 
 # A bottleneck's inner convolution has so many times fewer channels.
