@@ -13,6 +13,7 @@ import transformers
 from mlx.utils import tree_flatten
 from transformers.models.d_fine import modeling_d_fine
 
+from detr_official import assert_reads_official, official_state
 from detr_twin import (
     TOLERANCE,
     Recorder,
@@ -371,6 +372,74 @@ def test_sizes_without_a_configuration(tmp_path, case):
     unknown = ("num_queries", "num_denoising", "encoder_attention_heads")
     kept = (*unknown, "hidden_expansion", "depth_mult")
     assert dataclasses.replace(got, **{name: getattr(want, name) for name in kept}) == want
+
+
+# Of networks that the code of github.com/Peterande/D-FINE builds.
+OFFICIAL = (
+    "backbone.stem.stem2a.conv.weight",
+    "backbone.stem.stem4.bn.running_var",
+    "backbone.stages.0.blocks.0.layers.1.conv.weight",
+    "backbone.stages.1.downsample.bn.weight",
+    "backbone.stages.2.blocks.1.layers.0.conv1.conv.weight",
+    "backbone.stages.2.blocks.1.layers.0.conv2.bn.bias",
+    "backbone.stages.3.blocks.0.aggregation.1.bn.running_mean",
+    "encoder.input_proj.1.conv.weight",
+    "encoder.input_proj.1.norm.running_mean",
+    "encoder.encoder.0.layers.0.self_attn.in_proj_weight",
+    "encoder.encoder.0.layers.0.linear2.bias",
+    "encoder.lateral_convs.0.norm.running_var",
+    "encoder.fpn_blocks.0.cv1.conv.weight",
+    "encoder.fpn_blocks.0.cv2.0.conv1.norm.bias",
+    "encoder.fpn_blocks.0.cv2.0.bottlenecks.0.conv2.conv.weight",
+    "encoder.fpn_blocks.0.cv2.1.norm.weight",
+    "encoder.pan_blocks.0.cv3.0.conv2.conv.weight",
+    "encoder.pan_blocks.0.cv3.1.conv.weight",
+    "encoder.pan_blocks.0.cv4.norm.running_var",
+    "encoder.downsample_convs.0.0.cv1.conv.weight",
+    "encoder.downsample_convs.0.0.cv2.norm.bias",
+    "decoder.up",
+    "decoder.reg_scale",
+    "decoder.anchors",
+    "decoder.valid_mask",
+    "decoder.decoder.up",
+    "decoder.decoder.reg_scale",
+    "decoder.decoder.layers.2.self_attn.in_proj_bias",
+    "decoder.decoder.layers.2.norm1.weight",
+    "decoder.decoder.layers.2.cross_attn.num_points_scale",
+    "decoder.decoder.layers.2.cross_attn.attention_weights.weight",
+    "decoder.decoder.layers.2.gateway.gate.weight",
+    "decoder.decoder.layers.2.gateway.norm.bias",
+    "decoder.decoder.layers.2.norm3.bias",
+    "decoder.decoder.lqe_layers.2.reg_conf.layers.1.weight",
+    "decoder.denoising_class_embed.weight",
+    "decoder.query_pos_head.layers.0.weight",
+    "decoder.enc_output.proj.weight",
+    "decoder.enc_output.norm.weight",
+    "decoder.enc_score_head.bias",
+    "decoder.enc_bbox_head.layers.0.weight",
+    "decoder.dec_score_head.2.weight",
+    "decoder.pre_bbox_head.layers.2.weight",
+    "decoder.dec_bbox_head.2.layers.1.bias",
+)
+
+
+@pytest.mark.parametrize("case", ["projected", "nano"])
+def test_official_names(tmp_path, case):
+    theirs, ours = twins(case)
+    known = OFFICIAL
+    if case == "nano":
+        known += (
+            "backbone.stem.stem2b.lab.scale",
+            "backbone.stages.2.blocks.0.layers.1.conv2.lab.bias",
+        )
+    missing = "encoder.pan_blocks.0.cv2.1.norm.bias", "model.encoder.pan_blocks.0.conv2.norm.bias"
+    assert_reads_official(theirs, ours, tmp_path, known, missing)
+    # As the published settings have it.
+    state = {**official_state(theirs), "decoder.reg_scale": torch.tensor([8])}
+    state["decoder.decoder.reg_scale"] = state["decoder.reg_scale"]
+    scale = load_weights(model_of(ours.config), state).model.decoder.reg_scale
+    assert scale.dtype == mx.float32
+    assert scale.item() == 8
 
 
 def test_errors():

@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
+from detr_official import assert_reads_official
 from detr_twin import (
     TOLERANCE,
     Recorder,
@@ -344,6 +345,61 @@ def test_sizes_without_a_configuration(tmp_path, case):
     # What no shape tells.
     unknown = ("num_queries", "num_denoising", "decoder_offset_scale")
     assert dataclasses.replace(got, **{name: getattr(want, name) for name in unknown}) == want
+
+
+# Of networks that the code of github.com/lyuwenyu/RT-DETR builds.
+OFFICIAL = {
+    "rt_detr": (
+        "backbone.conv1.conv1_3.conv.weight",
+        "backbone.conv1.conv1_3.norm.running_var",
+        "backbone.res_layers.0.blocks.0.short.conv.weight",
+        "backbone.res_layers.0.blocks.1.branch2b.norm.bias",
+        "backbone.res_layers.3.blocks.0.short.conv.conv.weight",
+        "backbone.res_layers.3.blocks.0.short.conv.norm.running_mean",
+        "encoder.input_proj.2.0.weight",
+        "encoder.input_proj.2.1.running_mean",
+        "encoder.encoder.0.layers.0.self_attn.in_proj_bias",
+        "encoder.encoder.0.layers.0.norm2.bias",
+        "encoder.lateral_convs.1.conv.weight",
+        "encoder.fpn_blocks.1.bottlenecks.2.conv1.norm.weight",
+        "encoder.downsample_convs.0.norm.bias",
+        "decoder.input_proj.2.conv.weight",
+        "decoder.input_proj.2.norm.weight",
+        "decoder.decoder.layers.2.self_attn.in_proj_weight",
+        "decoder.decoder.layers.2.self_attn.out_proj.weight",
+        "decoder.decoder.layers.2.cross_attn.sampling_offsets.bias",
+        "decoder.decoder.layers.2.norm2.weight",
+        "decoder.decoder.layers.2.linear1.weight",
+        "decoder.decoder.layers.2.norm3.weight",
+        "decoder.denoising_class_embed.weight",
+        "decoder.query_pos_head.layers.1.weight",
+        "decoder.enc_output.0.weight",
+        "decoder.enc_output.1.bias",
+        "decoder.enc_score_head.weight",
+        "decoder.enc_bbox_head.layers.2.bias",
+        "decoder.dec_score_head.2.bias",
+        "decoder.dec_bbox_head.2.layers.2.weight",
+    ),
+    "rt_detr_v2": (
+        "encoder.input_proj.2.conv.weight",
+        "encoder.input_proj.2.norm.running_mean",
+        "decoder.anchors",
+        "decoder.valid_mask",
+        "decoder.decoder.layers.2.cross_attn.num_points_scale",
+        "decoder.enc_output.proj.weight",
+        "decoder.enc_output.norm.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ["rt_detr", "bottleneck", "levels", "layers", "rt_detr_v2"])
+def test_official_names(tmp_path, case):
+    theirs, ours = twins(case)
+    missing = (
+        "decoder.decoder.layers.1.norm2.bias",
+        "model.decoder.layers.1.encoder_attn_layer_norm.bias",
+    )
+    assert_reads_official(theirs, ours, tmp_path, OFFICIAL[CASES[case][0]], missing)
 
 
 def test_errors(tmp_path):

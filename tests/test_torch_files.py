@@ -68,6 +68,27 @@ def test_a_state_dict_among_other_things(tmp_path):
             assert_equal(state[name], tensor)
 
 
+def test_averaged_weights_come_first(tmp_path):
+    """What a training program saves of itself."""
+    last, averaged = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(last.parameters())
+    last(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {
+        "model": last.state_dict(),
+        "criterion": {},
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),
+        "scaler": {"scale": 2.0, "growth_interval": 2000},
+    }
+    for ema in ({"module": averaged.state_dict(), "updates": 9}, averaged.state_dict()):
+        state = read_torch_file(saved({**content, "ema": ema}, tmp_path / "a.pth"))
+        assert_equal(state["weight"], averaged.weight)
+    for ema in ({}, {"ema": None}, {"ema": {"updates": 0}}):
+        state = read_torch_file(saved({**content, **ema}, tmp_path / "a.pth"))
+        assert_equal(state["weight"], last.weight)
+
+
 @pytest.mark.parametrize("suffix", ["pth", "pt", "bin"])
 def test_load_torch_weights_reads_it(suffix, tmp_path):
     state = {"net.weight": torch.randn(6, 4, 3, 2), "net.bias": torch.randn(6)}

@@ -33,7 +33,9 @@ IGNORED = (
     "num_batches_tracked",
     "relative_position_index",
     "n_points_scale",  # of RT-DETRv2's attention: 1 / points
-    "num_points_scale",  # of D-FINE's
+    "num_points_scale",  # of D-FINE's, and of the official RT-DETRv2's
+    "anchors",  # of the official RT-DETRv2 and D-FINE: for one size of pictures
+    "valid_mask",
 )
 
 Shape = tuple[int, ...]

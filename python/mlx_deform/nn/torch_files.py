@@ -85,8 +85,8 @@ class _Unpickler(pickle.Unpickler):
         self.root = root
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
+        if module == "collections" and name in ("OrderedDict", "Counter"):
+            return getattr(collections, name)
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -119,7 +119,8 @@ def read_torch_file(path: str | os.PathLike) -> Mapping[str, Any]:
 
     Returns:
         dict: The arrays by name, of NumPy, or of MLX where they are bfloat16; where the file
-        holds more than a state dict (an optimizer, the epoch), the state dict in it.
+        holds more than a state dict (an optimizer, the epoch), the state dict in it, of those
+        that it has the one averaged over the training (``"ema"``).
 
     Raises:
         ValueError: If the file is no such archive, is damaged, holds other objects, or holds no
@@ -153,9 +154,16 @@ def read_torch_file(path: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def _state_dict(content: Any) -> Mapping[str, Any]:
-    """The dictionary of arrays in what a file holds: itself, or one of its entries."""
-    candidates = [content, *content.values()] if isinstance(content, Mapping) else []
-    for candidate in candidates:
+    """The dictionary of arrays in what a file holds: itself, or one of its entries.
+
+    Weights averaged over the training, in "ema" or in its "module", come before the last ones.
+    """
+
+    def entries(value):
+        return value.values() if isinstance(value, Mapping) else ()
+
+    averaged = content.get("ema") if isinstance(content, Mapping) else None
+    for candidate in (content, averaged, *entries(averaged), *entries(content)):
         if (
             isinstance(candidate, Mapping)
             and candidate

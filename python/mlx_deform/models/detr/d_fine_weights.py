@@ -3,9 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+import mlx.core as mx
+
+from ...nn.checkpoints import to_mlx
 from .backbones.hgnet_v2 import HGNetV2Config
 from .d_fine_config import DFINEConfig
-from .rt_detr_weights import RENAMED, count, labels_told, renamed, single_heads
+from .rt_detr_weights import (
+    OFFICIAL,
+    RENAMED,
+    count,
+    is_official,
+    labels_told,
+    renamed,
+    single_heads,
+    split_attention,
+)
 
 # transformers 5 calls the linear layers of a feed-forward network so.
 FEED_FORWARD = (
@@ -13,9 +25,26 @@ FEED_FORWARD = (
     (r"(layers\.\d+)\.mlp\.layers\.1\.", r"\1.fc2."),
 )
 
+# What the official repository's files have alone, by src/nn/backbone/hgnetv2.py and
+# src/zoo/dfine/hybrid_encoder.py.
+HGNET = (
+    (r"^model\.backbone\.stem\.", "model.backbone.model.embedder."),
+    (r"^model\.backbone\.stages\.", "model.backbone.model.encoder.stages."),
+    (r"(_blocks\.\d)\.cv([23])\.0\.", lambda match: f"{match[1]}.csp_rep{int(match[2]) - 1}."),
+    (r"(_blocks\.\d)\.cv([1-4])\.(1\.)?", r"\1.conv\2."),
+    (r"(downsample_convs\.\d)\.0\.cv", r"\1.conv"),
+)
+
 
 def hub_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of a file of the hub, or of transformers' modules, with the model's names."""
+    """The state dict of a file of the hub, of transformers' modules or of the official
+    repository, with the model's names."""
+    if is_official(state):
+        state = renamed(split_attention(state), OFFICIAL + HGNET)
+        # Its settings make some of them integers.
+        for name in ("model.decoder.up", "model.decoder.reg_scale"):
+            if name in state:
+                state[name] = to_mlx(name, state[name]).astype(mx.float32)
     return single_heads(renamed(state, RENAMED + FEED_FORWARD))
 
 

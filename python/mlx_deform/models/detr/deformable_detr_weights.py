@@ -9,7 +9,7 @@ import mlx.core as mx
 from ...nn.checkpoints import to_mlx
 from .backbones.plain_resnet import PlainResNetConfig
 from .deformable_detr_config import DeformableDETRConfig, coco91
-from .rt_detr_weights import RENAMED, count, inferred_resnet, renamed
+from .rt_detr_weights import RENAMED, count, inferred_resnet, renamed, split_attention
 
 State = Mapping[str, Any]
 
@@ -61,20 +61,6 @@ def hub_names(state: State) -> dict[str, Any]:
     if any(name.startswith("transformer.") for name in state):
         state = renamed(split_attention(state), OFFICIAL)
     return placed_heads(renamed(state, HUB))
-
-
-def split_attention(state: State) -> dict[str, Any]:
-    """PyTorch's attention has queries, keys and values in one matrix."""
-    split = {}
-    for name, array in state.items():
-        layer, joined, kind = name.partition(".in_proj_")
-        if not joined:
-            split[name] = array
-            continue
-        parts = mx.split(to_mlx(name, array), 3)
-        for part, projection in zip(parts, ("q_proj", "k_proj", "v_proj"), strict=True):
-            split[f"{layer}.{projection}.{kind}"] = part
-    return split
 
 
 def placed_heads(state: State) -> dict[str, Any]:

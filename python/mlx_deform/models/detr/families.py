@@ -65,7 +65,7 @@ def model_type_of(state: State) -> str:
         return "deformable_detr"
     if any(".lqe_layers." in name for name in state):
         return "d_fine"
-    if any(name.endswith("n_points_scale") for name in state):
+    if any(name.endswith(("n_points_scale", "num_points_scale")) for name in state):
         return "rt_detr_v2"
     return "rt_detr"
 

@@ -4,6 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import mlx.core as mx
+
+from ...nn.checkpoints import to_mlx
 from .backbones.resnet import ResNetConfig
 from .config import labels_of
 from .labels import COCO
@@ -14,6 +17,40 @@ RENAMED = (
     (r"\.o_proj\.", ".out_proj."),
     (r"\.mlp\.(fc[12])\.", r".\1."),
     (r"\.encoder\.aifi\.", ".encoder.encoder."),
+)
+# Of the official repositories' files, of RT-DETR, RT-DETRv2 and D-FINE alike.
+OFFICIAL = (
+    (r"^decoder\.(enc_|denoising_)", r"model.\1"),
+    (r"^(en|de)coder\.input_proj\.", r"model.\1coder_input_proj."),
+    (r"^decoder\.tgt_embed\.", "model.weight_embedding."),
+    (r"^decoder\.dec_score_head\.", "model.decoder.class_embed."),
+    (r"^decoder\.dec_bbox_head\.", "model.decoder.bbox_embed."),
+    (r"^decoder\.(decoder\.)?", "model.decoder."),
+    (r"^(backbone|encoder)\.", r"model.\1."),
+    (r"^model\.(enc_output|\w+_input_proj\.\d)\.(conv|proj)\.", r"model.\1.0."),
+    (r"^model\.(enc_output|\w+_input_proj\.\d)\.norm\.", r"model.\1.1."),
+    (r"^(model\.backbone\..+)\.conv\.(\w+)$", r"\1.convolution.\2"),
+    (r"^(model\.backbone\..+)\.(?:bn|norm)\.(\w+)$", r"\1.normalization.\2"),
+    (r"\.cross_attn\.", ".encoder_attn."),
+    (r"\.linear([12])\.", r".fc\1."),
+    (r"(layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
+    (r"(layers\.\d+)\.norm[23]\.", r"\1.final_layer_norm."),
+)
+# What RT-DETR and RT-DETRv2 have alone: the ResNet, by src/nn/backbone/presnet.py.
+RESNET = (
+    (
+        r"^model\.backbone\.conv1\.conv1_(\d)\.",
+        lambda match: f"model.backbone.model.embedder.embedder.{int(match[1]) - 1}.",
+    ),
+    (
+        r"^model\.backbone\.res_layers\.(\d)\.blocks\.",
+        r"model.backbone.model.encoder.stages.\1.layers.",
+    ),
+    (r"\.branch2([abc])\.", lambda match: f".layer.{'abc'.index(match[1])}."),
+    (r"\.short\.conv\.", ".shortcut.1."),
+    (r"\.short\.", ".shortcut."),
+    (r"\.num_points_scale$", ".n_points_scale"),
 )
 # Heads that files hold twice, at the model's root and in its decoder.
 HEADS = ("class_embed.", "bbox_embed.")
@@ -39,8 +76,30 @@ def single_heads(state: Mapping[str, Any]) -> dict[str, Any]:
     return single
 
 
+def split_attention(state: Mapping[str, Any]) -> dict[str, Any]:
+    """PyTorch's attention has queries, keys and values in one matrix."""
+    split = {}
+    for name, array in state.items():
+        layer, joined, kind = name.partition(".in_proj_")
+        if not joined:
+            split[name] = array
+            continue
+        parts = mx.split(to_mlx(name, array), 3)
+        for part, projection in zip(parts, ("q_proj", "k_proj", "v_proj"), strict=True):
+            split[f"{layer}.{projection}.{kind}"] = part
+    return split
+
+
+def is_official(state: Mapping[str, Any]) -> bool:
+    """Whether it is the state dict of an official repository with a hybrid encoder."""
+    return any(name.startswith("decoder.decoder.") for name in state)
+
+
 def hub_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict of a file of the hub, or of transformers' modules, with the model's names."""
+    """The state dict of a file of the hub, of transformers' modules or of the official
+    repository, with the model's names."""
+    if is_official(state):
+        state = renamed(split_attention(state), OFFICIAL + RESNET)
     return single_heads(renamed(state, RENAMED))
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints: those of the hub, and folders that :func:`save_model` writes."""
+"""Checkpoints: those of the hub and of the official repositories, and folders that
+:func:`save_model` writes."""
 
 import json
 import os
@@ -65,13 +66,15 @@ def read_config(path: str | os.PathLike) -> DetectorConfig:
 def load_weights(
     model: Detector, weights: Mapping[str, Any] | str | os.PathLike, strict: bool = True
 ) -> Detector:
-    """Loads a checkpoint of the hub, or one that :func:`save_model` wrote, into a model.
+    """Loads a checkpoint into a model: of the hub, of an official repository, or a saved one.
 
     Args:
         model (Detector): The model that receives the weights.
         weights (dict, str or path): A PyTorch state dict; the path of a ``.safetensors`` file or
             of a ``.bin`` or ``.pth`` file (read without executing what it holds); or a folder
-            with one. Names are those of the hub's files or of transformers 5's modules.
+            with one. Names are those of the hub's files, which :func:`save_model` writes too, of
+            transformers 5's modules, or of the official repositories: lyuwenyu/RT-DETR (in
+            PyTorch, with a ResNet), Peterande/D-FINE and fundamentalvision/Deformable-DETR.
         strict (bool): As of :func:`mlx_deform.nn.load_torch_weights`. Default: ``True``.
 
     Returns:
@@ -111,7 +114,7 @@ def load_model(
     Args:
         path (str or path): A folder with ``model.safetensors``, ``config.json`` and
             ``preprocessor_config.json``, as the hub and :func:`save_model` have them; or a file
-            of weights.
+            of weights, of those that :func:`load_weights` takes.
         config (DetectorConfig): The model's sizes. Default: those of the ``config.json`` in the
             same folder; without one, those that the shapes of the weights tell, with the
             published models' numbers of heads and queries.
