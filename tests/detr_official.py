@@ -6,6 +6,7 @@ import torch
 
 from detr_twin import hub_state
 from mlx_deform.models.detr import load_model, load_weights
+from mlx_deform.models.detr.families import model_type_of
 from mlx_deform.models.detr.weights import inferred_config
 from mlx_deform.nn.checkpoints import torch_weights
 
@@ -125,6 +126,7 @@ def assert_reads_official(theirs, ours, folder, known, surplus):
         assert got.keys() == want.keys()
         for name, array in want.items():
             assert mx.array_equal(got[name], array), name
+    assert model_type_of(state) == theirs.config.model_type
     assert inferred_config(state) == inferred_config(hub_state(theirs))
 
     official, name = surplus

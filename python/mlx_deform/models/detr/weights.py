@@ -117,7 +117,7 @@ def load_model(
             of weights, of those that :func:`load_weights` takes.
         config (DetectorConfig): The model's sizes. Default: those of the ``config.json`` in the
             same folder; without one, those that the shapes of the weights tell, with the
-            published models' numbers of heads and queries.
+            published models' numbers of heads and queries, and sampling that isn't discrete.
         dtype (Dtype): The type to compute in: float32, float16 or bfloat16. Batch normalisation
             and boxes stay float32. Default: ``float32``.
 
