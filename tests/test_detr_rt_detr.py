@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from transformers.models.rt_detr import modeling_rt_detr
 from transformers.models.rt_detr_v2 import modeling_rt_detr_v2
 
-from detr_official import assert_reads_official
+from detr_official import assert_reads_official, official_state
 from detr_twin import (
     TOLERANCE,
     Recorder,
@@ -44,6 +44,7 @@ from mlx_deform.models.detr.families import CONFIGS
 from mlx_deform.models.detr.pyramid import Pyramid
 from mlx_deform.models.detr.rt_detr_weights import hub_names
 from mlx_deform.models.detr.selection import anchors
+from mlx_deform.models.detr.weights import inferred_config
 from mlx_deform.models.layers import BatchNorm
 from mlx_deform.nn.checkpoints import torch_weights
 
@@ -400,6 +401,17 @@ def test_official_names(tmp_path, case):
         "model.decoder.layers.1.encoder_attn_layer_norm.bias",
     )
     assert_reads_official(theirs, ours, tmp_path, OFFICIAL[CASES[case][0]], missing)
+
+
+def test_queries_that_are_learned():
+    """transformers' network with them is broken, so that there is no twin."""
+    theirs, _ = twins("rt_detr")
+    state = {**official_state(theirs), "decoder.tgt_embed.weight": torch.randn(31, 32)}
+    config = inferred_config(state)
+    assert config.learn_initial_query
+    assert config.num_queries == 31
+    model = load_weights(RTDETR(config), state).model
+    assert np.array_equal(model.weight_embedding.weight, state["decoder.tgt_embed.weight"])
 
 
 def test_errors(tmp_path):

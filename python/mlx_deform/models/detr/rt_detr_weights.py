@@ -144,8 +144,10 @@ def inferred(state: Mapping[str, Any]) -> RTDETRConfig:
     encoder_dim = hidden[1] // 2
     maps = count(state, "model.encoder_input_proj")
     attended = count(state, "model.encoder.encoder")
+    queries = state.get("model.weight_embedding.weight")
     return (RTDETRv2Config if scales in state else RTDETRConfig)(
         backbone_config=backbone,
+        num_queries=RTDETRConfig.num_queries if queries is None else len(queries),
         d_model=d_model,
         num_feature_levels=levels,
         decoder_layers=count(state, "model.decoder.layers"),
@@ -161,7 +163,7 @@ def inferred(state: Mapping[str, Any]) -> RTDETRConfig:
         encoder_layers=count(state, "model.encoder.encoder.0.layers"),
         encoder_ffn_dim=len(state["model.encoder.encoder.0.layers.0.fc1.weight"]),
         hidden_expansion=hidden[0] / encoder_dim,
-        learn_initial_query="model.weight_embedding.weight" in state,
+        learn_initial_query=queries is not None,
         num_denoising=100 if "model.denoising_class_embed.weight" in state else 0,
         **labels_told(labels),
     )
