@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 import mlx_deform
 import mlx_deform._ext
+from mlx_deform import _compiled
 from mlx_deform._compiled import module_folder
 
 ROOT = Path(__file__).parents[1]
@@ -189,17 +190,26 @@ def test_each_mlx_has_its_module(tmp_path):
 
 
 def test_what_to_install_is_named(tmp_path):
-    package = package_with_modules_for(tmp_path, "_mlx_0_9_2")
+    package = package_with_modules_for(tmp_path, "_mlx_1_9_2")
     with pytest.raises(ImportError) as one:
-        module_folder(package, "1.2.3", "0.9.1")
-    assert "mlx_deform 1.2.3 was built for mlx 0.9.2 but found mlx 0.9.1" in str(one.value)
-    assert 'pip install "mlx==0.9.2"' in str(one.value)
-    assert "--no-binary mlx-deform" in str(one.value)
-    package_with_modules_for(tmp_path, "_mlx_0_9_10", "_mlx_0_9_3")
+        module_folder(package, "1.2.3", "1.9.1")
+    assert "mlx_deform 1.2.3 was built for mlx 1.9.2 but found mlx 1.9.1" in str(one.value)
+    assert 'pip install "mlx==1.9.2"' in str(one.value)
+    assert "build it for mlx 1.9.1 with pip install --no-binary mlx-deform" in str(one.value)
+    package_with_modules_for(tmp_path, "_mlx_1_9_10", "_mlx_1_9_3")
     with pytest.raises(ImportError) as many:
-        module_folder(package, "1.2.3", "0.9.1")
-    assert "for mlx 0.9.2, 0.9.3 and 0.9.10 but" in str(many.value)
-    assert 'pip install "mlx==0.9.10"' in str(many.value)
+        module_folder(package, "1.2.3", "1.9.1")
+    assert "for mlx 1.9.2, 1.9.3 and 1.9.10 but" in str(many.value)
+    assert 'pip install "mlx==1.9.10"' in str(many.value)
+
+
+def test_no_build_is_advised_for_an_mlx_that_the_sources_do_not_know(tmp_path, releases):
+    assert _compiled.OLDEST == releases.OLDEST
+    package = package_with_modules_for(tmp_path, "_mlx_1_9_2")
+    with pytest.raises(ImportError, match=r'run pip install "mlx==1\.9\.2"\.$'):
+        module_folder(package, "1.2.3", "0.30.3")
+    with pytest.raises(ImportError, match=r"build it for mlx 0\.30\.4"):
+        module_folder(package, "1.2.3", "0.30.4")
 
 
 def test_the_metadata_admit_the_installed_mlx_and_no_newer_one():
