@@ -9,7 +9,7 @@ import mlx.core as mx
 from ...nn.checkpoints import to_mlx
 from .backbones.plain_resnet import PlainResNetConfig
 from .deformable_detr_config import DeformableDETRConfig, coco91
-from .rt_detr_weights import RENAMED, count, inferred_resnet, renamed, split_attention
+from .rt_detr_weights import LAYER, RENAMED, count, inferred_resnet, renamed, split_attention
 
 State = Mapping[str, Any]
 
@@ -23,13 +23,12 @@ OFFICIAL = (
     (r"^query_embed\.", "model.query_position_embeddings."),
     (r"^input_proj\.", "model.input_proj."),
     (r"^transformer\.", "model."),
-    (r"\.linear([12])\.", r".fc\1."),
+    *LAYER,
     (r"\.encoder\.layers\.(\d+)\.norm1\.", r".encoder.layers.\1.self_attn_layer_norm."),
     (r"\.encoder\.layers\.(\d+)\.norm2\.", r".encoder.layers.\1.final_layer_norm."),
     (r"\.decoder\.layers\.(\d+)\.norm1\.", r".decoder.layers.\1.encoder_attn_layer_norm."),
     (r"\.decoder\.layers\.(\d+)\.norm2\.", r".decoder.layers.\1.self_attn_layer_norm."),
     (r"\.decoder\.layers\.(\d+)\.norm3\.", r".decoder.layers.\1.final_layer_norm."),
-    (r"\.cross_attn\.", ".encoder_attn."),
 )
 
 # transformers 5's modules, then timm's and torchvision's ResNets, which the hub's files have.

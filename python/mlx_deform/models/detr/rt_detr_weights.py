@@ -18,6 +18,11 @@ RENAMED = (
     (r"\.mlp\.(fc[12])\.", r".\1."),
     (r"\.encoder\.aifi\.", ".encoder.encoder."),
 )
+# What every family's official repository calls parts of a transformer layer.
+LAYER = (
+    (r"\.cross_attn\.", ".encoder_attn."),
+    (r"\.linear([12])\.", r".fc\1."),
+)
 # Of the official repositories' files, of RT-DETR, RT-DETRv2 and D-FINE alike.
 OFFICIAL = (
     (r"^decoder\.(enc_|denoising_)", r"model.\1"),
@@ -31,8 +36,7 @@ OFFICIAL = (
     (r"^model\.(enc_output|\w+_input_proj\.\d)\.norm\.", r"model.\1.1."),
     (r"^(model\.backbone\..+)\.conv\.(\w+)$", r"\1.convolution.\2"),
     (r"^(model\.backbone\..+)\.(?:bn|norm)\.(\w+)$", r"\1.normalization.\2"),
-    (r"\.cross_attn\.", ".encoder_attn."),
-    (r"\.linear([12])\.", r".fc\1."),
+    *LAYER,
     (r"(layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
     (r"(decoder\.layers\.\d+)\.norm2\.", r"\1.encoder_attn_layer_norm."),
     (r"(layers\.\d+)\.norm[23]\.", r"\1.final_layer_norm."),
