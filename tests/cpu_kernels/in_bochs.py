@@ -5,6 +5,7 @@ own: the output comes back when it has ended, with its exit status. Debian's pac
 `apt-get install bochs bochs-term isolinux xorriso`, and for the kernel, which needs no
 installation, `apt-get download linux-image-6.1.0-NN-cloud-amd64` (the number: `apt-cache
 depends linux-image-cloud-amd64`) and `dpkg -x linux-image-*.deb DIR`: DIR/boot/vmlinuz-*.
+Bochs 2.7, Debian 12's, rounds ties up in conversions to float16; Debian 13's 3.0 does not.
 
     python tests/cpu_kernels/in_bochs.py --kernel DIR/boot/vmlinuz-* ./program
 """
@@ -34,8 +35,8 @@ MACHINE = """display_library: term
 cpu: model={cpu}, ips=10000000, reset_on_triple_fault=0
 clock: sync=none
 memory: guest=512, host=512
-romimage: file=/usr/share/bochs/BIOS-bochs-latest
-vgaromimage: file=/usr/share/bochs/VGABIOS-lgpl-latest
+romimage: file=$BXSHARE/BIOS-bochs-latest
+vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
 ata0-master: type=cdrom, path=boot.iso, status=inserted
 boot: cdrom
 com1: enabled=1, mode=file, dev=output
