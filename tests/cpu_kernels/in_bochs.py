@@ -19,7 +19,10 @@ import tempfile
 from pathlib import Path
 
 INIT = Path(__file__).with_name("in_bochs_init.c")
-ISOLINUX = ["/usr/lib/ISOLINUX/isolinux.bin", "/usr/lib/syslinux/modules/bios/ldlinux.c32"]
+ISOLINUX = [
+    Path("/usr/lib/ISOLINUX/isolinux.bin"),
+    Path("/usr/lib/syslinux/modules/bios/ldlinux.c32"),
+]
 
 # Without ACPI and APIC there is less to set up. Linux doubts the size that Bochs gives for
 # XSAVEC's compact format, and would go without AVX. A panic ends the emulation.
@@ -72,7 +75,7 @@ def make_disc(folder, kernel, program, arguments):
     (disc / "linux").write_bytes(kernel.read_bytes())
     quoted = " ".join(f'"{argument}"' for argument in ["/program", *arguments])
     (disc / "isolinux.cfg").write_text(MENU.format(arguments=quoted))
-    for file in map(Path, ISOLINUX):
+    for file in ISOLINUX:
         (disc / file.name).write_bytes(file.read_bytes())
     boot = ["-b", "isolinux.bin", "-c", "boot.cat", "-no-emul-boot"]
     boot += ["-boot-load-size", "4", "-boot-info-table"]
@@ -119,7 +122,10 @@ def main():
     args = parser.parse_args()
     if args.kernel is None:
         parser.error("no kernel: give --kernel or MLX_DEFORM_LINUX_KERNEL")
-    text, status = run(Path(args.kernel), args.program, args.arguments, args.cpu, args.timeout)
+    for path in (args.kernel, args.program):
+        if not path.is_file():
+            parser.error(f"no such file: {path}")
+    text, status = run(args.kernel, args.program, args.arguments, args.cpu, args.timeout)
     print(text, end="")
     if status is None:
         sys.exit("in_bochs: the program came to no end")
