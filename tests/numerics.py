@@ -160,18 +160,19 @@ def run_oracle_forward(config, arrays, **options):
 
 def run_oracle(config, arrays, **options):
     arguments = {name: arrays[name] for name in ARGUMENTS}
-    gradients = oracle.deform_conv2d_vjp(
+    output, gradients = oracle.deform_conv2d_vjp(
         arrays["cotangent"], **arguments, **config.settings, **options
     )
-    results = {**run_oracle_forward(config, arrays, **options), **gradients._asdict()}
+    results = {"output": output, **gradients._asdict()}
     return {name: result for name, result in results.items() if result is not None}
 
 
 def run_oracle_im2col(config, arrays, **options):
     arguments = {name: arrays[name] for name in ("input", "offset", "mask")}
     settings = {"kernel_size": config.kernel, **config.settings, **options}
-    gradients = oracle.deform_im2col_vjp(arrays["column_cotangent"], **arguments, **settings)
-    columns = oracle.deform_im2col(**arguments, **settings)
+    columns, gradients = oracle.deform_im2col_vjp(
+        arrays["column_cotangent"], **arguments, **settings
+    )
     results = {"columns": columns, **gradients._asdict()}
     return {name: result for name, result in results.items() if result is not None}
 

@@ -172,7 +172,7 @@ class MsdaProblem:
         """Of the value added to, of locations and weights; NaN beyond the launch's rows."""
         arguments, options = self.reference_arguments
         cotangent = np.nan_to_num(self.within(self.rounded("cotangent")))
-        grads = multi_scale_deformable_attention_vjp(
+        _, grads = multi_scale_deformable_attention_vjp(
             cotangent.reshape(*cotangent.shape[:2], -1), *arguments, **options
         )
         return Gradients(

@@ -227,7 +227,8 @@ class Problem:
             grad_columns = self.rounded("grad_columns")
         cotangent[self.begin : self.end] = grad_columns.reshape(len(grad_columns), -1)
         arguments, options = self.oracle_arguments
-        grads = oracle.deform_im2col_vjp(cotangent.reshape(c.columns_shape), *arguments, **options)
+        cotangent = cotangent.reshape(c.columns_shape)
+        _, grads = oracle.deform_im2col_vjp(cotangent, *arguments, **options)
         return (
             self.rounded("grad_input") + grads.input,
             self.within(grads.offset),

@@ -1,12 +1,15 @@
 """Multi-scale deformable attention and its gradients in float64 NumPy: slow and obvious.
 
 Shapes: value (N, S, M, D), locations (N, Q, M, K, 2) with (x, y) in units of the map, weights
-(N, Q, M, K), output (N, Q, M * D); `points` gives the samples of each level, K in all.
+(N, Q, M, K), output (N, Q, M * D); `points` gives the samples of each level, K in all. Samples
+follow the rules of bilinear.py, discrete ones with the nearest pixel for their only corner.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+
+from .bilinear import Corner, Samples, cell_corners
 
 
 class Gradients(NamedTuple):
@@ -15,69 +18,75 @@ class Gradients(NamedTuple):
     weights: np.ndarray
 
 
-class _Corner(NamedTuple):
-    """One of the pixels that a sample reads, for all images, queries and heads."""
+class _Problem:
+    """The arrays of one call, and its samples (N, Q, M, K), whose values are (..., D)."""
 
-    exists: np.ndarray  # (N, Q, M): it lies on the map
-    pixel: tuple  # index arrays into value, where it exists
-    weight: np.ndarray  # (N, Q, M)
-    slope_y: np.ndarray  # d weight / d y, y in pixels
-    slope_x: np.ndarray
+    def __init__(
+        self,
+        value,
+        spatial_shapes,
+        locations,
+        weights,
+        points,
+        method,
+        coordinate_dtype,
+        absolute,
+    ):
+        assert sum(h * w for h, w in spatial_shapes) == value.shape[1]
+        assert sum(points) == locations.shape[3]
+        self.discrete = method == "discrete"
+        self.prepare = np.abs if absolute else np.asarray
+        self.weights = self.prepare(np.asarray(weights, np.float64))
+        # Of each sample's level, (K,): its size, and where its pixels start.
+        start = np.cumsum([0, *(h * w for h, w in spatial_shapes)])[:-1]
+        self.H, self.W, start = (
+            np.repeat(np.array(of_level, int), points)
+            for of_level in (*zip(*spatial_shapes, strict=True), start)
+        )
+        real = coordinate_dtype
+        shift = real(0.5 if self.discrete else -0.5)
+        x, y = np.moveaxis(locations.astype(real), -1, 0)
+        y = (y * self.H.astype(real) + shift).astype(np.float64)
+        x = (x * self.W.astype(real) + shift).astype(np.float64)
+        nan = np.isnan(y) | np.isnan(x)
 
+        def place(corner):
+            n, _, head, k = np.nonzero(corner.valid)
+            return n, start[k] + corner.y * self.W[k] + corner.x, head
 
-def _corners(y, x, size, start, method, absolute):
-    """The corners around (y, x), each (N, Q, M) in float64, and where either is NaN."""
-    H, W = size
-    nan = np.isnan(y) | np.isnan(x)
-    n, m = np.indices(y.shape)[[0, 2]]
+        find = self._nearest if self.discrete else cell_corners
+        self.samples = Samples(
+            self.prepare(np.asarray(value, np.float64)),
+            find(y, x, self.H, self.W, absolute),
+            nan,
+            place,
+        )
 
-    def corner(cy, cx, on_map, *weights):
-        row = start + cy * W + cx
-        return _Corner(on_map, (n[on_map], row[on_map], m[on_map]), *weights)
+    @staticmethod
+    def _nearest(y, x, H, W, absolute):
+        """The pixel that a discrete sample takes, as its only corner: constant in y and x."""
+        valid = ~(np.isnan(y) | np.isnan(x))
+        y, x = np.where(valid, y, 0.0), np.where(valid, x, 0.0)
+        cy = np.clip(np.trunc(y), 0, H - 1).astype(int)[valid]
+        cx = np.clip(np.trunc(x), 0, W - 1).astype(int)[valid]
+        one = np.ones(cy.shape)
+        return [Corner(valid, cy, cx, one, 0 * one, 0 * one)]
 
-    if method == "discrete":
-        y, x = np.where(nan, 0.0, y), np.where(nan, 0.0, x)
-        cy = np.clip(np.trunc(y), 0, H - 1).astype(int)
-        cx = np.clip(np.trunc(x), 0, W - 1).astype(int)
-        zero = np.zeros_like(y)
-        return [corner(cy, cx, ~nan, zero + 1, zero, zero)], nan
-    near = ~nan & (y >= -1) & (y < H) & (x >= -1) & (x < W)
-    y, x = np.where(near, y, -1.0), np.where(near, x, -1.0)
-    y0, x0 = np.floor(y).astype(int), np.floor(x).astype(int)
-    corners = []
-    for below in (0, 1):
-        for right in (0, 1):
-            cy, cx = y0 + below, x0 + right
-            on_map = near & (cy >= 0) & (cy < H) & (cx >= 0) & (cx < W)
-            weight_y = y - y0 if below else 1 - (y - y0)
-            weight_x = x - x0 if right else 1 - (x - x0)
-            sign_y = 1 if below or absolute else -1
-            sign_x = 1 if right or absolute else -1
-            weights = (weight_y * weight_x, sign_y * weight_x, sign_x * weight_y)
-            corners.append(corner(cy, cx, on_map, *weights))
-    return corners, nan
+    def output(self, value):
+        N, Q, M, _, D = value.shape
+        return np.einsum("nqmk,nqmkd->nqmd", self.weights, value).reshape(N, Q, M * D)
 
-
-def _samples(value, spatial_shapes, locations, points, method, coordinate_dtype, absolute):
-    """Yield (k, size, corners, nan) for every sample k of a query and head."""
-    assert sum(h * w for h, w in spatial_shapes) == value.shape[1]
-    assert sum(points) == locations.shape[3]
-    shift = 0.5 if method == "discrete" else -0.5
-    real = coordinate_dtype
-    start = k = 0
-    for (H, W), count in zip(spatial_shapes, points, strict=True):
-        for _ in range(count):
-            x, y = np.moveaxis(locations[:, :, :, k].astype(real), -1, 0)
-            y = (y * real(H) + real(shift)).astype(np.float64)
-            x = (x * real(W) + real(shift)).astype(np.float64)
-            yield k, (H, W), *_corners(y, x, (H, W), start, method, absolute)
-            k += 1
-        start += H * W
-
-
-def _prepared(value, weights, absolute):
-    prepare = np.abs if absolute else np.asarray
-    return prepare(np.asarray(value, np.float64)), prepare(np.asarray(weights, np.float64))
+    def vjp(self, cotangent):
+        """The output, and the gradients of sum(cotangent * output)."""
+        value = self.samples.value()
+        N, Q, M, _, D = value.shape
+        grad = self.prepare(np.asarray(cotangent, np.float64)).reshape(N, Q, M, 1, D)
+        by_value, by_y, by_x = self.samples.vjp(grad * self.weights[..., None])
+        by_locations = np.stack([self.W * by_x, self.H * by_y], axis=-1)
+        if self.discrete:
+            by_locations = np.zeros_like(by_locations)
+        by_weights = self.samples.summed(grad * value)
+        return self.output(value), Gradients(by_value, by_locations, by_weights)
 
 
 def multi_scale_deformable_attention(
@@ -92,21 +101,11 @@ def multi_scale_deformable_attention(
     absolute=False,
 ):
     """The sum over all samples of weight times sample."""
-    value, weights = _prepared(value, weights, absolute)
-    N, _, M, D = value.shape
-    Q = locations.shape[1]
-    output = np.zeros((N, Q, M, D))
     with np.errstate(invalid="ignore", over="ignore"):
-        for k, _, corners, nan in _samples(
-            value, spatial_shapes, locations, points, method, coordinate_dtype, absolute
-        ):
-            sample = np.zeros((N, Q, M, D))
-            for corner in corners:
-                at = corner.exists
-                sample[at] += corner.weight[at][:, None] * value[corner.pixel]
-            sample[nan] = np.nan
-            output += weights[:, :, :, k, None] * sample
-    return output.reshape(N, Q, M * D)
+        problem = _Problem(
+            value, spatial_shapes, locations, weights, points, method, coordinate_dtype, absolute
+        )
+        return problem.output(problem.samples.value())
 
 
 def multi_scale_deformable_attention_vjp(
@@ -121,34 +120,9 @@ def multi_scale_deformable_attention_vjp(
     coordinate_dtype=np.float64,
     absolute=False,
 ):
-    """Gradients of sum(cotangent * output)."""
-    value, weights = _prepared(value, weights, absolute)
-    cotangent, _ = _prepared(cotangent, weights, absolute)
-    N, _, M, D = value.shape
-    cotangent = cotangent.reshape(N, locations.shape[1], M, D)
-    grads = Gradients(np.zeros(value.shape), np.zeros(locations.shape), np.zeros(weights.shape))
+    """The output, and gradients of sum(cotangent * output)."""
     with np.errstate(invalid="ignore", over="ignore"):
-        for k, (H, W), corners, nan in _samples(
-            value, spatial_shapes, locations, points, method, coordinate_dtype, absolute
-        ):
-            weight = weights[:, :, :, k]
-            sample, slope_y, slope_x = (np.zeros(cotangent.shape) for _ in range(3))
-            for corner in corners:
-                at = corner.exists
-                pixel = value[corner.pixel]
-                sample[at] += corner.weight[at][:, None] * pixel
-                slope_y[at] += corner.slope_y[at][:, None] * pixel
-                slope_x[at] += corner.slope_x[at][:, None] * pixel
-                # Several samples may share a pixel: add.at adds them all.
-                share = (weight * corner.weight)[at][:, None] * cotangent[at]
-                np.add.at(grads.value, corner.pixel, share)
-            grads.weights[:, :, :, k] = (cotangent * sample).sum(-1)
-            grads.locations[:, :, :, k, 0] = W * weight * (cotangent * slope_x).sum(-1)
-            grads.locations[:, :, :, k, 1] = H * weight * (cotangent * slope_y).sum(-1)
-            outside = ~np.logical_or.reduce([corner.exists for corner in corners])
-            for gradient in (grads.weights[:, :, :, k], grads.locations[:, :, :, k]):
-                gradient[outside] = 0
-                gradient[nan] = np.nan
-            if method == "discrete":
-                grads.locations[:, :, :, k] = 0
-    return grads
+        problem = _Problem(
+            value, spatial_shapes, locations, weights, points, method, coordinate_dtype, absolute
+        )
+        return problem.vjp(cotangent)
