@@ -233,8 +233,10 @@ void sampling_vjp(
       step * (p.C * sizeof(R) + p.DG * sizeof(Sample<R>));
   const int64_t tile =
       pixels_per_tile(source.pixels(), chunk_tile_pixels, pixel_step);
-  const int64_t chunk =
-      round_up(std::max<int64_t>(1, chunk_bytes / pixel_bytes), tile);
+  // Chunks of about one size: a short last one would leave workers idle.
+  const int64_t most = std::max<int64_t>(tile, chunk_bytes / pixel_bytes);
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(source.pixels(), most));
+  const int64_t chunk = round_up(ceil_div(source.pixels(), chunks), tile);
 
   for (int64_t begin = 0; begin < source.pixels(); begin += chunk) {
     const int64_t end = std::min(begin + chunk, source.pixels());
