@@ -8,6 +8,9 @@ depends linux-image-cloud-amd64`) and `dpkg -x linux-image-*.deb DIR`: DIR/boot/
 Bochs 2.7, Debian 12's, rounds ties up in conversions to float16; Debian 13's 3.0 does not.
 
     python tests/cpu_kernels/in_bochs.py --kernel DIR/boot/vmlinuz-* ./program
+
+With `--root FOLDER` the program is one of that folder's files, named by its path there, and
+has the others beside it, such as its libraries, or Python and a package.
 """
 
 import argparse
@@ -37,7 +40,7 @@ clearcpuid=xsavec,xsaves mitigations=off cryptomgr.notests panic=-1 reboot=t -- 
 MACHINE = """display_library: term
 cpu: model={cpu}, ips=10000000, reset_on_triple_fault=0
 clock: sync=none
-memory: guest=512, host=512
+memory: guest={memory}, host={memory}
 romimage: file=$BXSHARE/BIOS-bochs-latest
 vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
 ata0-master: type=cdrom, path=boot.iso, status=inserted
@@ -62,33 +65,42 @@ def archive(files):
     return bytes(packed)
 
 
-def make_disc(folder, kernel, program, arguments):
-    """boot.iso: the kernel, and the program with what starts it."""
+def files_in(root):
+    """What a folder holds, for an archive."""
+    for path in sorted(root.rglob("*")):
+        content = b""
+        if path.is_symlink():
+            content = os.readlink(path).encode()
+        elif path.is_file():
+            content = path.read_bytes()
+        yield str(path.relative_to(root)), path.lstat().st_mode, content
+
+
+def make_disc(folder, kernel, files, command):
+    """boot.iso: the kernel, and the guest's files with what starts the command."""
     disc = folder / "disc"
     disc.mkdir()
     init = folder / "init"
     subprocess.run(["cc", "-O1", "-static", str(INIT), "-o", str(init)], check=True)
-    files = [("proc", 0o40755, b""), ("dev", 0o40755, b"")]
-    files += [("init", 0o100755, init.read_bytes())]
-    files += [("program", 0o100755, program.read_bytes())]
-    (disc / "initrd").write_bytes(archive(files))
+    start = [("proc", 0o40755, b""), ("dev", 0o40755, b""), ("init", 0o100755, init.read_bytes())]
+    (disc / "initrd").write_bytes(archive([*files, *start]))
     (disc / "linux").write_bytes(kernel.read_bytes())
-    quoted = " ".join(f'"{argument}"' for argument in ["/program", *arguments])
+    quoted = " ".join(f'"{word}"' for word in command)
     (disc / "isolinux.cfg").write_text(MENU.format(arguments=quoted))
     for file in ISOLINUX:
         (disc / file.name).write_bytes(file.read_bytes())
     boot = ["-b", "isolinux.bin", "-c", "boot.cat", "-no-emul-boot"]
     boot += ["-boot-load-size", "4", "-boot-info-table"]
-    command = ["xorriso", "-as", "mkisofs", "-quiet", *boot, "-o", "boot.iso", "disc"]
-    subprocess.run(command, cwd=folder, check=True, stderr=subprocess.DEVNULL)
+    make = ["xorriso", "-as", "mkisofs", "-quiet", *boot, "-o", "boot.iso", "disc"]
+    subprocess.run(make, cwd=folder, check=True, stderr=subprocess.DEVNULL)
 
 
-def run(kernel, program, arguments, cpu, timeout):
-    """What the program printed, and its exit status, or None if it came to no end."""
+def run(kernel, files, command, cpu, memory, timeout):
+    """What the command printed, and its exit status, or None if it came to no end."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_disc(folder, kernel, program, arguments)
-        (folder / "machine").write_text(MACHINE.format(cpu=cpu))
+        make_disc(folder, kernel, files, command)
+        (folder / "machine").write_text(MACHINE.format(cpu=cpu, memory=memory))
         # Debian's Bochs has its debugger built in, which waits for a word.
         (folder / "commands").write_text("continue\nquit\n")
         # `script` gives the terminal that Bochs' text display asks for.
@@ -117,15 +129,23 @@ def main():
     )
     parser.add_argument("--cpu", default="corei7_skylake_x", help="see `bochs --help cpu`")
     parser.add_argument("--timeout", type=int, default=900, help="seconds")
-    parser.add_argument("program", type=Path)
+    parser.add_argument("--root", type=Path, help="folder of the guest's files")
+    parser.add_argument("--memory", type=int, default=512, help="of the guest, in MiB")
+    parser.add_argument("program")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     if args.kernel is None:
         parser.error("no kernel: give --kernel or MLX_DEFORM_LINUX_KERNEL")
-    for path in (args.kernel, args.program):
+    on_host = args.root / args.program.lstrip("/") if args.root else Path(args.program)
+    for path in (args.kernel, on_host):
         if not path.is_file():
             parser.error(f"no such file: {path}")
-    text, status = run(args.kernel, args.program, args.arguments, args.cpu, args.timeout)
+    if args.root:
+        files, program = files_in(args.root), f"/{args.program.lstrip('/')}"
+    else:
+        files, program = [("program", 0o100755, on_host.read_bytes())], "/program"
+    command = [program, *args.arguments]
+    text, status = run(args.kernel, files, command, args.cpu, args.memory, args.timeout)
     print(text, end="")
     if status is None:
         sys.exit("in_bochs: the program came to no end")
