@@ -1,4 +1,4 @@
-"""Float64 NumPy references, independent of MLX and of the library: slow and obvious."""
+"""Float64 NumPy references, independent of MLX and of the library: as plain as the definition."""
 
 from .deform_conv2d import (
     Conv2dGradients,

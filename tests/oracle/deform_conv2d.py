@@ -212,17 +212,9 @@ def deform_conv2d(
 ):
     """output[n, y, x, o] = bias[o] + sum of weight * columns over taps and group channels."""
     weight, bias = _array(weight, absolute), _array(bias, absolute)
-    columns = deform_im2col(
-        input,
-        offset,
-        weight.shape[1:3],
-        stride,
-        padding,
-        dilation,
-        mask,
-        coordinate_dtype=coordinate_dtype,
-        absolute=absolute,
-    )
+    settings = (weight.shape[1:3], stride, padding, dilation, mask)
+    options = {"coordinate_dtype": coordinate_dtype, "absolute": absolute}
+    columns = deform_im2col(input, offset, *settings, **options)
     return _output(columns, weight, bias)
 
 
@@ -249,18 +241,10 @@ def deform_conv2d_vjp(
     grouped_weight = weight.reshape(G, O // G, kH, kW, group_channels)
     with np.errstate(invalid="ignore", over="ignore"):
         grad_columns = np.einsum("nyxgo,goijc->nyxijgc", grad, grouped_weight, optimize=True)
-    columns, grads = deform_im2col_vjp(
-        grad_columns.reshape(*grad.shape[:3], kH * kW * G * group_channels),
-        input,
-        offset,
-        (kH, kW),
-        stride,
-        padding,
-        dilation,
-        mask,
-        coordinate_dtype=coordinate_dtype,
-        absolute=absolute,
-    )
+    grad_columns = grad_columns.reshape(*grad.shape[:3], kH * kW * G * group_channels)
+    settings = ((kH, kW), stride, padding, dilation, mask)
+    options = {"coordinate_dtype": coordinate_dtype, "absolute": absolute}
+    columns, grads = deform_im2col_vjp(grad_columns, input, offset, *settings, **options)
     with np.errstate(invalid="ignore", over="ignore"):
         grouped_columns, _ = _grouped(columns, weight)
         grad_weight = np.einsum("nyxgo,nyxijgc->goijc", grad, grouped_columns, optimize=True)

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention and its gradients in float64 NumPy: slow and obvious.
+"""Multi-scale deformable attention and its gradients in float64 NumPy: as plain as the definition.
 
 Shapes: value (N, S, M, D), locations (N, Q, M, K, 2) with (x, y) in units of the map, weights
 (N, Q, M, K), output (N, Q, M * D); `points` gives the samples of each level, K in all. Samples
