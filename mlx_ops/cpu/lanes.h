@@ -75,16 +75,49 @@ static inline void for_last_lanes(int i, int n, const F& f) {
   }
 }
 
-// Calls f(lanes, i) for neighbouring lanes from i on, which cover [0, n).
+// How many vectors a row has, as far as that is known before rows come: 0 where
+// it isn't, or where a row is more than whole vectors.
+template <int n>
+struct VectorCount {
+  static constexpr int value = n;
+};
+
+// Calls f(VectorCount) for rows of n lanes: code of their own for the usual
+// short rows, whose time would go by what a loop does besides.
 template <typename R, typename F>
+static inline void with_vector_count(int n, const F& f) {
+  constexpr int width = VectorOf<R>::width;
+  switch (n) {
+    case width:
+      return f(VectorCount<1>{});
+    case 2 * width:
+      return f(VectorCount<2>{});
+    case 4 * width:
+      return f(VectorCount<4>{});
+    case 8 * width:
+      return f(VectorCount<8>{});
+    default:
+      return f(VectorCount<0>{});
+  }
+}
+
+// Calls f(lanes, i) for neighbouring lanes from i on, which cover [0, n).
+template <typename R, int vectors = 0, typename F>
 static inline void for_lanes(int n, const F& f) {
   constexpr int width = VectorOf<R>::width;
-  int i = 0;
-  MLX_DEFORM_UNROLL(2)
-  for (; i + width <= n; i += width) {
-    f(Whole<R>{}, i);
+  if constexpr (vectors > 0) {
+    MLX_DEFORM_UNROLL(8)
+    for (int i = 0; i < vectors; ++i) {
+      f(Whole<R>{}, i * width);
+    }
+  } else {
+    int i = 0;
+    MLX_DEFORM_UNROLL(2)
+    for (; i + width <= n; i += width) {
+      f(Whole<R>{}, i);
+    }
+    for_last_lanes<R>(i, n, f);
   }
-  for_last_lanes<R>(i, n, f);
 }
 
 } // namespace

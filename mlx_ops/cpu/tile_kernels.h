@@ -20,35 +20,62 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The plan of one sample, shared by all channels of its offset group.
+// The plan of some samples, side by side; each is shared by all channels of its
+// offset group.
 template <typename R>
-struct Sample {
-  int64_t at; // element offset of the upper left corner, maybe off the image
-  R ly; // position inside the cell; NaN where a coordinate is
-  R lx;
-  R mask; // 1 where there is no mask
-  int flags; // bit i: corner i lies in the image; bit 4: the sample is live
+struct SampleBlock {
+  static constexpr int size = 16;
+
+  int64_t at[size]; // element offset of the upper left corner, maybe off the image
+  R w[4][size]; // weights of the corners' values, times a finite mask
+  R ly[size]; // position inside the cell; NaN where a coordinate is
+  R lx[size];
+  R mask[size]; // 1 where there is no mask
+  int flags[size]; // bit i: corner i lies in the image; and those below
 
   static constexpr int all_corners = 0xf;
+  // Else value and slopes are 0.
   static constexpr int live_bit = 0x10;
+  // Set where the mask is infinite or NaN: a weight of 0 would become NaN, so
+  // such a mask is no part of the weights.
+  static constexpr int mask_apart_bit = 0x20;
 
+  static constexpr int64_t blocks(int64_t samples) {
+    return (samples + size - 1) / size;
+  }
+};
+
+// One of them.
+template <typename R>
+struct Sample {
+  const SampleBlock<R>& block;
+  int lane;
+
+  Sample(const SampleBlock<R>* samples, int64_t i)
+      : block(samples[uint64_t(i) / SampleBlock<R>::size]),
+        lane(int(uint64_t(i) % SampleBlock<R>::size)) {}
+
+  int64_t at() const {
+    return block.at[lane];
+  }
+  R weight(int corner) const {
+    return block.w[corner][lane];
+  }
+  R mask() const {
+    return block.mask[lane];
+  }
   bool has_all_corners() const {
-    return (flags & all_corners) == all_corners;
+    constexpr int all = SampleBlock<R>::all_corners;
+    return (block.flags[lane] & all) == all;
   }
   bool has_corner(int i) const {
-    return flags >> i & 1;
+    return block.flags[lane] >> i & 1;
   }
-  // Else value and slopes are 0.
   bool live() const {
-    return flags & live_bit;
+    return block.flags[lane] & SampleBlock<R>::live_bit;
   }
-
-  // The position alone, as the sampling rule's functions take it.
-  BilinearCell<R> cell() const {
-    BilinearCell<R> out{};
-    out.ly = ly;
-    out.lx = lx;
-    return out;
+  bool mask_is_apart() const {
+    return block.flags[lane] & SampleBlock<R>::mask_apart_bit;
   }
 };
 
@@ -75,60 +102,6 @@ struct Block {
   }
 };
 
-// T is the type of image, output and cotangent; R the type of everything else:
-// offsets, masks, columns and sums (float for halves).
-template <typename T, typename R>
-struct TileKernels {
-  // Plans the samples of a block. `samples` is [pixels][taps][groups], groups
-  // being the offset groups that the block's channels touch.
-  void (*plan)(
-      const DeformConv2dParams& params,
-      const Block& block,
-      const R* offset, // [N * Ho * Wo][DG][kH * kW][2]
-      const R* mask, // [N * Ho * Wo][DG][kH * kW], or null
-      Sample<R>* samples);
-
-  // columns[p * pixel_stride + k * tap_stride + c] for the block's pixels, taps
-  // and channels, all counted from the block's first.
-  void (*sample)(
-      const DeformConv2dParams& params,
-      const Block& block,
-      const Sample<R>* samples,
-      const T* input, // [N][H][W][C]
-      const T* zeros, // C zeros, read in place of corners outside the image
-      R* columns,
-      int64_t pixel_stride,
-      int64_t tap_stride);
-
-  // From the cotangent of the block's columns: the gradient of offset and mask,
-  // summed over the channels of each offset group. The block spans all
-  // channels. Either output may be null.
-  void (*offset_grad)(
-      const DeformConv2dParams& params,
-      const Block& block,
-      const Sample<R>* samples,
-      const T* input,
-      const T* zeros,
-      const R* grad_columns, // [pixels][taps][C]
-      R* grad_offset, // as offset
-      R* grad_mask); // as mask
-
-  // Adds the cotangent of the block's columns to the image's gradient, to the
-  // elements [image_begin, image_end) alone, whole pixels, so that workers with
-  // ranges of their own don't meet. The block spans all channels.
-  void (*scatter)(
-      const DeformConv2dParams& params,
-      const Block& block,
-      const Sample<R>* samples,
-      const R* grad_columns, // [pixels][taps][C]
-      int64_t image_begin,
-      int64_t image_end,
-      R* grad_input); // [N][H][W][C]
-
-  void (*to_compute)(const T* from, R* to, int64_t n);
-  void (*from_compute)(const R* from, T* to, int64_t n);
-};
-
 // The offset groups that channels [begin, end) touch: [first, last).
 struct GroupRange {
   int first;
@@ -144,6 +117,61 @@ offset_groups(const DeformConv2dParams& p, int channel_begin, int channel_end) {
   const int width = p.C / p.DG;
   return {channel_begin / width, (channel_end + width - 1) / width};
 }
+
+// T is the type of image, output and cotangent; R the type of everything else:
+// offsets, masks, columns and sums (float for halves).
+template <typename T, typename R>
+struct TileKernels {
+  // Plans the samples of a block. `samples` is [pixels][groups][taps], groups
+  // being the offset groups that the block's channels touch.
+  void (*plan)(
+      const DeformConv2dParams& params,
+      const Block& block,
+      const R* offset, // [N * Ho * Wo][DG][kH * kW][2]
+      const R* mask, // [N * Ho * Wo][DG][kH * kW], or null
+      SampleBlock<R>* samples);
+
+  // columns[p * pixel_stride + k * tap_stride + c] for the block's pixels, taps
+  // and channels, all counted from the block's first.
+  void (*sample)(
+      const DeformConv2dParams& params,
+      const Block& block,
+      const SampleBlock<R>* samples,
+      const T* input, // [N][H][W][C]
+      const T* zeros, // C zeros, read in place of corners outside the image
+      R* columns,
+      int64_t pixel_stride,
+      int64_t tap_stride);
+
+  // From the cotangent of the block's columns: the gradient of offset and mask,
+  // summed over the channels of each offset group. The block spans all
+  // channels. Either output may be null.
+  void (*offset_grad)(
+      const DeformConv2dParams& params,
+      const Block& block,
+      const SampleBlock<R>* samples,
+      const T* input,
+      const T* zeros,
+      const R* grad_columns, // [pixels][taps][C]
+      R* grad_offset, // as offset
+      R* grad_mask); // as mask
+
+  // Adds the cotangent of the block's columns to the image's gradient, to the
+  // elements [image_begin, image_end) alone, whole pixels, so that workers with
+  // ranges of their own don't meet. The block spans all channels.
+  void (*scatter)(
+      const DeformConv2dParams& params,
+      const Block& block,
+      const SampleBlock<R>* samples,
+      const R* grad_columns, // [pixels][taps][C]
+      int64_t image_begin,
+      int64_t image_end,
+      R* sink, // of C / DG elements, takes what belongs nowhere
+      R* grad_input); // [N][H][W][C]
+
+  void (*to_compute)(const T* from, R* to, int64_t n);
+  void (*from_compute)(const R* from, T* to, int64_t n);
+};
 
 // The kernels for this machine.
 template <typename T, typename R>

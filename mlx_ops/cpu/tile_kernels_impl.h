@@ -11,84 +11,118 @@ namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
 
-// The samples of some pixels at one tap and offset group, side by side for the
-// compiler to vectorise.
+// Samples on their way into a plan: their positions, in order.
 template <typename R>
-struct Cells {
-  static constexpr int most = 64;
-  int ho[most], wo[most];
+struct Positions {
+  static constexpr int most = 512;
+  R y[most], x[most], mask[most];
   int64_t image[most]; // element offset of the pixel's image
-  R dy[most], dx[most];
-  R ly[most], lx[most];
-  int row[most], col[most]; // upper left corner
-  int flags[most]; // as in Sample
-
-  // Whole vectors are computed; what lies beyond `count` is of no account.
-  static int whole(int count) {
-    return (count + 15) / 16 * 16;
-  }
-
-  void choose_pixels(const DeformConv2dParams& p, int64_t begin, int count) {
-    int64_t rest = begin;
-    int x = int(rest % p.Wo);
-    rest /= p.Wo;
-    int y = int(rest % p.Ho);
-    int64_t at = rest / p.Ho * p.H * p.W * p.C;
-    for (int i = 0; i < whole(count); ++i) {
-      ho[i] = y;
-      wo[i] = x;
-      image[i] = at;
-      dy[i] = dx[i] = R(0);
-      if (++x == p.Wo) {
-        x = 0;
-        if (++y == p.Ho) {
-          y = 0;
-          at += int64_t(p.H) * p.W * p.C;
-        }
-      }
-    }
-  }
-
-  void load_offsets(const R* offset, int64_t step, int count) {
-    for (int i = 0; i < count; ++i) {
-      dy[i] = offset[i * step];
-      dx[i] = offset[i * step + 1];
-    }
-  }
-
-  void locate(const DeformConv2dParams& p, int tap, int count) {
-    const int tap_row = tap / p.kW;
-    const int tap_col = tap % p.kW;
-    for (int i = 0; i < whole(count); ++i) {
-      const R y = sample_coordinate<R>(
-          ho[i], p.stride_h, p.pad_h, tap_row, p.dilation_h, dy[i]);
-      const R x = sample_coordinate<R>(
-          wo[i], p.stride_w, p.pad_w, tap_col, p.dilation_w, dx[i]);
-      const BilinearCell<R> cell = bilinear_cell<R>(y, x, p.H, p.W);
-      row[i] = cell.y;
-      col[i] = cell.x;
-      // A NaN position makes value and slopes NaN by itself.
-      const R nan_or_0 = cell.nan ? R(__builtin_nan("")) : R(0);
-      ly[i] = cell.ly + nan_or_0;
-      lx[i] = cell.lx + nan_or_0;
-      flags[i] = int(cell.corner[0]) | int(cell.corner[1]) << 1 |
-          int(cell.corner[2]) << 2 | int(cell.corner[3]) << 3 |
-          int(cell.inside || cell.nan) * Sample<R>::live_bit;
-    }
-  }
+  int count = 0;
 };
 
-// For what is read in pieces here and there, which the machine doesn't foresee.
-// May point beyond an array's end.
+// Plans a block of samples.
 template <typename R>
-static inline void fetch_ahead(const R* from, int64_t count) {
-  constexpr int64_t line = 64;
-  const auto begin = (uintptr_t)from;
-  const uintptr_t end = begin + count * sizeof(R);
-  for (uintptr_t at = begin & ~uintptr_t(line - 1); at < end; at += line) {
-    __builtin_prefetch((const void*)at);
+static inline void locate(
+    const DeformConv2dParams& p,
+    const Positions<R>& from,
+    int first,
+    SampleBlock<R>& to) {
+  const int64_t across = int64_t(p.W) * p.C;
+  const int64_t channels = p.C;
+  int row[SampleBlock<R>::size], col[SampleBlock<R>::size];
+  for (int i = 0; i < SampleBlock<R>::size; ++i) {
+    const BilinearCell<R> cell =
+        bilinear_cell<R>(from.y[first + i], from.x[first + i], p.H, p.W);
+    row[i] = cell.y;
+    col[i] = cell.x;
+    // A NaN position makes value and slopes NaN by itself.
+    const R nan_or_0 = cell.nan ? R(__builtin_nan("")) : R(0);
+    BilinearCell<R> place{};
+    place.ly = cell.ly + nan_or_0;
+    place.lx = cell.lx + nan_or_0;
+    to.ly[i] = place.ly;
+    to.lx[i] = place.lx;
+    const R mask = from.mask[first + i];
+    const bool finite = mask - mask == R(0);
+    const R m = finite ? mask : R(1);
+    const CornerWeights<R> weights = value_weights(place);
+    for (int j = 0; j < 4; ++j) {
+      to.w[j][i] = m * weights.w[j];
+    }
+    to.mask[i] = mask;
+    to.flags[i] = int(cell.corner[0]) | int(cell.corner[1]) << 1 |
+        int(cell.corner[2]) << 2 | int(cell.corner[3]) << 3 |
+        int(cell.inside || cell.nan) * SampleBlock<R>::live_bit |
+        int(!finite) * SampleBlock<R>::mask_apart_bit;
+  }
+  for (int i = 0; i < SampleBlock<R>::size; ++i) {
+    to.at[i] = from.image[first + i] + row[i] * across + col[i] * channels;
   }
 }
+
+// Plans samples in order, a block whenever there are enough.
+template <typename R>
+class Planner {
+ public:
+  Planner(const DeformConv2dParams& params, SampleBlock<R>* to)
+      : params_(params), to_(to) {}
+
+  // n samples, fewer than `most`, that lie side by side in memory: at rows
+  // y + rows[i] and columns x + cols[i], undisplaced.
+  static constexpr int most = Positions<R>::most - SampleBlock<R>::size;
+  void add(
+      int n,
+      int y,
+      int x,
+      const int* rows,
+      const int* cols,
+      int64_t image,
+      const R* offset,
+      const R* mask) {
+    if (positions_.count + n > Positions<R>::most) {
+      plan_whole_blocks();
+    }
+    R* to_y = positions_.y + positions_.count;
+    R* to_x = positions_.x + positions_.count;
+    R* to_mask = positions_.mask + positions_.count;
+    int64_t* to_image = positions_.image + positions_.count;
+    for (int i = 0; i < n; ++i) {
+      to_y[i] = R(y + rows[i]) + offset[2 * i];
+      to_x[i] = R(x + cols[i]) + offset[2 * i + 1];
+      to_mask[i] = mask ? mask[i] : R(1);
+      to_image[i] = image;
+    }
+    positions_.count += n;
+  }
+
+  // Plans what is left, and fills up the last block.
+  void finish() {
+    plan_whole_blocks();
+    if (positions_.count > 0) {
+      locate(params_, positions_, 0, *to_);
+    }
+  }
+
+ private:
+  void plan_whole_blocks() {
+    constexpr int size = SampleBlock<R>::size;
+    const int whole = positions_.count / size * size;
+    for (int i = 0; i < whole; i += size) {
+      locate(params_, positions_, i, *to_++);
+    }
+    for (int i = whole; i < positions_.count; ++i) {
+      positions_.y[i - whole] = positions_.y[i];
+      positions_.x[i - whole] = positions_.x[i];
+      positions_.mask[i - whole] = positions_.mask[i];
+      positions_.image[i - whole] = positions_.image[i];
+    }
+    positions_.count -= whole;
+  }
+
+  const DeformConv2dParams& params_;
+  SampleBlock<R>* to_;
+  Positions<R> positions_{};
+};
 
 template <typename R>
 void plan(
@@ -96,56 +130,78 @@ void plan(
     const Block& block,
     const R* offset,
     const R* mask,
-    Sample<R>* samples) {
-  Cells<R> cells;
+    SampleBlock<R>* samples) {
   const int taps = params.kH * params.kW;
   const GroupRange groups =
       offset_groups(params, block.channel_begin, block.channel_end);
-  const int64_t pixel_masks = int64_t(params.DG) * taps;
-  const int64_t pixel_samples = int64_t(block.taps()) * groups.count();
-  const int64_t across = int64_t(params.W) * params.C;
-  const int64_t channels = params.C;
+  // All taps of neighbouring groups lie side by side in memory.
+  const bool all_taps = block.taps() == taps;
+  const int at_once = all_taps ? groups.count() * taps : block.taps();
+  const int runs = all_taps ? 1 : groups.count();
 
-  for (int64_t begin = block.pixel_begin; begin < block.pixel_end;
-       begin += Cells<R>::most) {
-    const int64_t left = block.pixel_end - begin;
-    const int count = left < Cells<R>::most ? int(left) : Cells<R>::most;
-    cells.choose_pixels(params, begin, count);
-    for (int dg = groups.first; dg < groups.last; ++dg) {
-      for (int i = 0; i < count; ++i) {
-        const int64_t next = (begin + Cells<R>::most + i) * pixel_masks +
-            int64_t(dg) * taps + block.tap_begin;
-        fetch_ahead(offset + 2 * next, 2 * block.taps());
-        if (mask) {
-          fetch_ahead(mask + next, block.taps());
+  constexpr int most = Planner<R>::most;
+  int rows[most], cols[most];
+  int listed = -1; // the first of those listed there
+  const auto list_taps = [&](int first, int n) {
+    for (int i = 0; i < n; ++i) {
+      const int tap = block.tap_begin + (first + i) % block.taps();
+      rows[i] = tap / params.kW * params.dilation_h;
+      cols[i] = tap % params.kW * params.dilation_w;
+    }
+    listed = first;
+  };
+
+  Planner<R> planner(params, samples);
+  int64_t rest = block.pixel_begin;
+  int wo = int(rest % params.Wo);
+  rest /= params.Wo;
+  int ho = int(rest % params.Ho);
+  const int64_t image_size = int64_t(params.H) * params.W * params.C;
+  int64_t image = rest / params.Ho * image_size;
+  for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
+    const int y = ho * params.stride_h - params.pad_h;
+    const int x = wo * params.stride_w - params.pad_w;
+    for (int run = 0; run < runs; ++run) {
+      const int64_t at = (p * params.DG + groups.first + run) * taps +
+          block.tap_begin;
+      for (int i = 0; i < at_once; i += most) {
+        const int n = at_once - i < most ? at_once - i : most;
+        if (listed != i) {
+          list_taps(i, n);
         }
+        planner.add(
+            n,
+            y,
+            x,
+            rows,
+            cols,
+            image,
+            offset + 2 * (at + i),
+            mask ? mask + at + i : nullptr);
       }
     }
-    Sample<R>* first = samples + (begin - block.pixel_begin) * pixel_samples;
-    for (int tap = block.tap_begin; tap < block.tap_end; ++tap) {
-      for (int dg = groups.first; dg < groups.last; ++dg, ++first) {
-        const int64_t at = begin * pixel_masks + int64_t(dg) * taps + tap;
-        cells.load_offsets(offset + 2 * at, 2 * pixel_masks, count);
-        cells.locate(params, tap, count);
-        for (int i = 0; i < count; ++i) {
-          first[i * pixel_samples] = {
-              cells.image[i] + cells.row[i] * across + cells.col[i] * channels,
-              cells.ly[i],
-              cells.lx[i],
-              mask ? mask[at + i * pixel_masks] : R(1),
-              cells.flags[i]};
-        }
+    if (++wo == params.Wo) {
+      wo = 0;
+      if (++ho == params.Ho) {
+        ho = 0;
+        image += image_size;
       }
     }
   }
+  planner.finish();
 }
 
 // Element offsets of a cell's corners from the upper left one.
 struct CornerSteps {
-  int64_t step[4];
+  int64_t right;
+  int64_t down;
 
   explicit CornerSteps(const DeformConv2dParams& p)
-      : step{0, p.C, int64_t(p.W) * p.C, int64_t(p.W) * p.C + p.C} {}
+      : right(p.C), down(int64_t(p.W) * p.C) {}
+
+  int64_t to(int corner) const {
+    return (corner & 1 ? right : 0) + (corner & 2 ? down : 0);
+  }
 };
 
 // The four corners of a sample, from some channel on.
@@ -160,16 +216,27 @@ struct Corners {
       const T* input,
       const T* zeros,
       int channel) {
-    const bool all = s.has_all_corners();
+    const T* first = input + s.at() + channel;
+    p[0] = first;
+    p[1] = first + steps.right;
+    p[2] = first + steps.down;
+    p[3] = first + steps.down + steps.right;
     for (int i = 0; i < 4; ++i) {
-      p[i] = (all || s.has_corner(i) ? input + s.at + steps.step[i] : zeros) +
-          channel;
+      p[i] = s.has_corner(i) ? p[i] : zeros + channel;
     }
   }
 };
 
+// A mask that is no part of the weights.
+template <typename R>
+[[gnu::noinline, gnu::cold]] void multiply_by(R mask, int n, R* out) {
+  for (int q = 0; q < n; ++q) {
+    out[q] *= mask;
+  }
+}
+
 // One sample at n channels from c on.
-template <typename T, typename R>
+template <int vectors, typename T, typename R>
 static inline void sample_row(
     const Sample<R>& s,
     const CornerSteps& steps,
@@ -180,30 +247,24 @@ static inline void sample_row(
     R* out) {
   const Corners<T> from(s, steps, input, zeros, c);
   const T *p0 = from.p[0], *p1 = from.p[1], *p2 = from.p[2], *p3 = from.p[3];
-  // The mask goes into the weights, but an infinite one doesn't: a weight of 0
-  // would make it NaN.
-  const bool finite = s.mask - s.mask == R(0);
-  const R m = finite ? s.mask : R(1);
-  const CornerWeights<R> w = value_weights(s.cell());
-  const R w0 = m * w.w[0], w1 = m * w.w[1], w2 = m * w.w[2], w3 = m * w.w[3];
-  for_lanes<R>(n, [&](auto lanes, int q) {
+  const R w0 = s.weight(0), w1 = s.weight(1);
+  const R w2 = s.weight(2), w3 = s.weight(3);
+  for_lanes<R, vectors>(n, [&](auto lanes, int q) {
     lanes.store_to(
         out + q,
         w0 * lanes.load_from(p0 + q) + w1 * lanes.load_from(p1 + q) +
             w2 * lanes.load_from(p2 + q) + w3 * lanes.load_from(p3 + q));
   });
-  if (!finite) {
-    for (int q = 0; q < n; ++q) {
-      out[q] *= s.mask;
-    }
+  if (s.mask_is_apart()) {
+    multiply_by(s.mask(), n, out);
   }
 }
 
-template <typename T, typename R>
-void sample(
+template <int vectors, typename T, typename R>
+void sample_rows(
     const DeformConv2dParams& params,
     const Block& block,
-    const Sample<R>* samples,
+    const SampleBlock<R>* samples,
     const T* input,
     const T* zeros,
     R* columns,
@@ -212,35 +273,185 @@ void sample(
   const GroupRange groups =
       offset_groups(params, block.channel_begin, block.channel_end);
   const int group_width = params.C / params.DG;
-  const int64_t pixels = block.pixels();
-  const int taps = block.taps();
   const CornerSteps steps(params);
 
-  // Mostly there is one offset group: a loop without their bookkeeping.
-  if (groups.count() == 1) {
-    const int begin = block.channel_begin;
-    const int n = block.channels();
-    for (int64_t p = 0; p < pixels; ++p) {
-      for (int k = 0; k < taps; ++k, ++samples) {
-        R* out = columns + p * pixel_stride + k * tap_stride;
-        sample_row(*samples, steps, input, zeros, begin, n, out);
-      }
-    }
-    return;
-  }
+  const int64_t pixels = block.pixels();
+  const int taps = block.taps();
+  int64_t next = 0;
   for (int64_t p = 0; p < pixels; ++p) {
-    for (int k = 0; k < taps; ++k) {
-      R* out = columns + p * pixel_stride + k * tap_stride;
-      int c = block.channel_begin;
-      for (int dg = groups.first; dg < groups.last; ++dg, ++samples) {
-        const int group_end = (dg + 1) * group_width;
-        const int end =
-            group_end < block.channel_end ? group_end : block.channel_end;
-        sample_row(*samples, steps, input, zeros, c, end - c, out);
-        out += end - c;
-        c = end;
+    R* out = columns + p * pixel_stride;
+    int c = block.channel_begin;
+    for (int dg = groups.first; dg < groups.last; ++dg) {
+      const int group_end = (dg + 1) * group_width;
+      const int end =
+          group_end < block.channel_end ? group_end : block.channel_end;
+      const int n = vectors ? vectors * VectorOf<R>::width : end - c;
+      for (int k = 0; k < taps; ++k) {
+        const Sample<R> s(samples, next++);
+        sample_row<vectors>(s, steps, input, zeros, c, n, out + k * tap_stride);
+      }
+      out += n;
+      c += n;
+    }
+  }
+}
+
+template <typename T, typename R>
+void sample(
+    const DeformConv2dParams& params,
+    const Block& block,
+    const SampleBlock<R>* samples,
+    const T* input,
+    const T* zeros,
+    R* columns,
+    int64_t pixel_stride,
+    int64_t tap_stride) {
+  // All rows have the same length unless the block cuts one of its groups.
+  const int group_width = params.C / params.DG;
+  const bool whole_groups = block.channel_begin % group_width == 0 &&
+      block.channel_end % group_width == 0;
+  const bool one_group =
+      offset_groups(params, block.channel_begin, block.channel_end).count() ==
+      1;
+  const int n = one_group ? block.channels() : whole_groups ? group_width : 0;
+  with_vector_count<R>(n, [&](auto count) {
+    sample_rows<count.value, T, R>(
+        params,
+        block,
+        samples,
+        input,
+        zeros,
+        columns,
+        pixel_stride,
+        tap_stride);
+  });
+}
+
+// The gradients of a block of samples' offsets and masks, side by side for the
+// compiler to vectorise. They are combinations of four numbers: the cotangent
+// times each corner, summed over the channels.
+template <typename R>
+struct SampleGrads {
+  static constexpr int size = SampleBlock<R>::size;
+  R corner[size][4];
+  int64_t at[size]; // the sample's place among all masks
+  R y[size], x[size], mask[size];
+
+  void combine(const SampleBlock<R>& samples) {
+    for (int i = 0; i < size; ++i) {
+      BilinearCell<R> cell{};
+      cell.ly = samples.ly[i];
+      cell.lx = samples.lx[i];
+      const auto sum = [&](CornerWeights<R> weights) {
+        return weights.w[0] * corner[i][0] + weights.w[1] * corner[i][1] +
+            weights.w[2] * corner[i][2] + weights.w[3] * corner[i][3];
+      };
+      // Beyond the image gradients are 0, whatever mask and cotangent are.
+      const bool live = samples.flags[i] & SampleBlock<R>::live_bit;
+      const R m = samples.mask[i];
+      y[i] = live ? m * sum(slope_weights_y(cell)) : R(0);
+      x[i] = live ? m * sum(slope_weights_x(cell)) : R(0);
+      mask[i] = live ? sum(value_weights(cell)) : R(0);
+    }
+  }
+
+  void write(
+      const SampleBlock<R>& samples,
+      int count,
+      R* grad_offset,
+      R* grad_mask) {
+    combine(samples);
+    for (int i = 0; i < count; ++i) {
+      if (grad_offset) {
+        grad_offset[2 * at[i]] = y[i];
+        grad_offset[2 * at[i] + 1] = x[i];
+      }
+      if (grad_mask) {
+        grad_mask[at[i]] = mask[i];
       }
     }
+  }
+};
+
+// The cotangent times each corner, summed over n channels.
+template <typename T, typename R>
+static inline void
+corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
+  constexpr int width = VectorOf<R>::width;
+  // Two sums each, for the next addition not to wait for the last.
+  Vector<R> s[4]{}, t[4]{};
+  int q = 0;
+  MLX_DEFORM_UNROLL(4)
+  for (; q + 2 * width <= n; q += 2 * width) {
+    const Vector<R> g = load(grad + q);
+    const Vector<R> h = load(grad + q + width);
+    for (int i = 0; i < 4; ++i) {
+      s[i] += g * load(from.p[i] + q);
+      t[i] += h * load(from.p[i] + q + width);
+    }
+  }
+  if (q + width <= n) {
+    const Vector<R> g = load(grad + q);
+    for (int i = 0; i < 4; ++i) {
+      s[i] += g * load(from.p[i] + q);
+    }
+    q += width;
+  }
+  R last[4]{};
+  for_last_lanes<R>(q, n, [&](auto lanes, int q) {
+    const auto g = lanes.load_from(grad + q);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (lanes.is_vector) {
+        s[i] += g * lanes.load_from(from.p[i] + q);
+      } else {
+        last[i] += g * lanes.load_from(from.p[i] + q);
+      }
+    }
+  });
+  for (int i = 0; i < 4; ++i) {
+    s[i] += t[i];
+  }
+  lane_sums<R>(s, sums);
+  for (int i = 0; i < 4; ++i) {
+    sums[i] += last[i];
+  }
+}
+
+template <int vectors, typename T, typename R>
+void offset_grad_rows(
+    const DeformConv2dParams& params,
+    const Block& block,
+    const SampleBlock<R>* samples,
+    const T* input,
+    const T* zeros,
+    const R* grad_columns,
+    R* grad_offset,
+    R* grad_mask) {
+  const int taps = params.kH * params.kW;
+  const int n =
+      vectors ? vectors * VectorOf<R>::width : params.C / params.DG;
+  const CornerSteps steps(params);
+  SampleGrads<R> grads{};
+  int64_t next = 0;
+
+  for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
+    for (int dg = 0; dg < params.DG; ++dg) {
+      const R* grad = grad_columns + dg * n;
+      for (int k = block.tap_begin; k < block.tap_end; ++k, grad += params.C) {
+        const Sample<R> s(samples, next++);
+        const Corners<T> from(s, steps, input, zeros, dg * n);
+        corner_sums(from, grad, n, grads.corner[s.lane]);
+        grads.at[s.lane] = (p * params.DG + dg) * taps + k;
+        if (s.lane == grads.size - 1) {
+          grads.write(s.block, grads.size, grad_offset, grad_mask);
+        }
+      }
+    }
+    grad_columns += block.width();
+  }
+  const Sample<R> end(samples, next);
+  if (end.lane > 0) {
+    grads.write(end.block, end.lane, grad_offset, grad_mask);
   }
 }
 
@@ -248,87 +459,77 @@ template <typename T, typename R>
 void offset_grad(
     const DeformConv2dParams& params,
     const Block& block,
-    const Sample<R>* samples,
+    const SampleBlock<R>* samples,
     const T* input,
     const T* zeros,
     const R* grad_columns,
     R* grad_offset,
     R* grad_mask) {
-  constexpr int width = VectorOf<R>::width;
-  const int taps = params.kH * params.kW;
-  const int group_width = params.C / params.DG;
-  const int64_t pixel_row = int64_t(params.DG) * taps;
+  with_vector_count<R>(params.C / params.DG, [&](auto count) {
+    offset_grad_rows<count.value, T, R>(
+        params,
+        block,
+        samples,
+        input,
+        zeros,
+        grad_columns,
+        grad_offset,
+        grad_mask);
+  });
+}
+
+template <int vectors, typename R>
+void scatter_rows(
+    const DeformConv2dParams& params,
+    const Block& block,
+    const SampleBlock<R>* samples,
+    const R* grad_columns,
+    int64_t image_begin,
+    int64_t image_end,
+    R* sink,
+    R* grad_input) {
+  const int n = vectors ? vectors * VectorOf<R>::width : params.C / params.DG;
   const CornerSteps steps(params);
 
-  for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
-    for (int k = block.tap_begin; k < block.tap_end; ++k) {
-      for (int dg = 0; dg < params.DG; ++dg, ++samples) {
-        const int c = dg * group_width;
-        const int64_t at = p * pixel_row + int64_t(dg) * taps + k;
-        if (!samples->live()) {
-          if (grad_offset) {
-            grad_offset[2 * at] = grad_offset[2 * at + 1] = R(0);
-          }
-          if (grad_mask) {
-            grad_mask[at] = R(0);
-          }
-          grad_columns += group_width;
+  const int64_t pixels = block.pixels();
+  const int taps = block.taps();
+  int64_t next = 0;
+  for (int64_t p = 0; p < pixels; ++p, grad_columns += block.width()) {
+    for (int dg = 0; dg < params.DG; ++dg) {
+      const R* grad = grad_columns + dg * n;
+      for (int k = 0; k < taps; ++k, grad += params.C) {
+        const Sample<R> s(samples, next++);
+        const int64_t at = s.at();
+        if (at + steps.to(3) < image_begin || at >= image_end) {
           continue;
         }
-        // The cotangent times each corner, summed over the channels: value and
-        // both slopes are combinations of these four numbers.
-        const Corners<T> from(*samples, steps, input, zeros, c);
-        // Two sums each, for the next addition not to wait for the last.
-        Vector<R> s[4]{}, t[4]{};
-        int q = 0;
-        for (; q + 2 * width <= group_width; q += 2 * width) {
-          const Vector<R> g = load(grad_columns + q);
-          const Vector<R> h = load(grad_columns + q + width);
+        R* to[4];
+        for (int i = 0; i < 4; ++i) {
+          to[i] = s.has_corner(i) ? grad_input + at + steps.to(i) + dg * n : sink;
+        }
+        if (at < image_begin || at + steps.to(3) >= image_end) [[unlikely]] {
           for (int i = 0; i < 4; ++i) {
-            s[i] += g * load(from.p[i] + q);
-            t[i] += h * load(from.p[i] + q + width);
+            const int64_t corner = at + steps.to(i);
+            to[i] = corner >= image_begin && corner < image_end ? to[i] : sink;
           }
         }
-        for (; q + width <= group_width; q += width) {
-          const Vector<R> g = load(grad_columns + q);
-          for (int i = 0; i < 4; ++i) {
-            s[i] += g * load(from.p[i] + q);
-          }
-        }
-        R last[4]{};
-        for_last_lanes<R>(q, group_width, [&](auto lanes, int q) {
-          const auto g = lanes.load_from(grad_columns + q);
-          for (int i = 0; i < 4; ++i) {
-            if constexpr (lanes.is_vector) {
-              s[i] += g * lanes.load_from(from.p[i] + q);
-            } else {
-              last[i] += g * lanes.load_from(from.p[i] + q);
-            }
-          }
+        R *to0 = to[0], *to1 = to[1], *to2 = to[2], *to3 = to[3];
+        const R mask = s.mask_is_apart() ? s.mask() : R(1);
+        const R w0 = mask * s.weight(0), w1 = mask * s.weight(1);
+        const R w2 = mask * s.weight(2), w3 = mask * s.weight(3);
+        // Vectors of all corners are loaded before any is stored, so that no
+        // load waits for a store in a row of the same place in the cache.
+        for_lanes<R, vectors>(n, [&](auto lanes, int q) {
+          const auto g = lanes.load_from(grad + q);
+          const auto v0 = lanes.load_from(to0 + q) + w0 * g;
+          const auto v1 = lanes.load_from(to1 + q) + w1 * g;
+          const auto v2 = lanes.load_from(to2 + q) + w2 * g;
+          const auto v3 = lanes.load_from(to3 + q) + w3 * g;
+          lanes.store_to(to0 + q, v0);
+          lanes.store_to(to1 + q, v1);
+          lanes.store_to(to2 + q, v2);
+          lanes.store_to(to3 + q, v3);
         });
-        for (int i = 0; i < 4; ++i) {
-          s[i] += t[i];
-        }
-        R corner[4];
-        lane_sums<R>(s, corner);
-        for (int i = 0; i < 4; ++i) {
-          corner[i] += last[i];
-        }
-        grad_columns += group_width;
-
-        const auto combine = [&](CornerWeights<R> weights) {
-          return weights.w[0] * corner[0] + weights.w[1] * corner[1] +
-              weights.w[2] * corner[2] + weights.w[3] * corner[3];
-        };
-        if (grad_offset) {
-          const R m = samples->mask;
-          grad_offset[2 * at] = m * combine(slope_weights_y(samples->cell()));
-          grad_offset[2 * at + 1] =
-              m * combine(slope_weights_x(samples->cell()));
-        }
-        if (grad_mask) {
-          grad_mask[at] = combine(value_weights(samples->cell()));
-        }
       }
     }
   }
@@ -338,59 +539,23 @@ template <typename R>
 void scatter(
     const DeformConv2dParams& params,
     const Block& block,
-    const Sample<R>* samples,
+    const SampleBlock<R>* samples,
     const R* grad_columns,
     int64_t image_begin,
     int64_t image_end,
+    R* sink,
     R* grad_input) {
-  const int group_width = params.C / params.DG;
-  const CornerSteps steps(params);
-
-  for (int64_t i = 0; i < block.pixels() * block.taps(); ++i) {
-    for (int dg = 0; dg < params.DG; ++dg, grad_columns += group_width) {
-      const Sample<R>& s = *samples++;
-      const int64_t last = s.at + steps.step[3];
-      if (last < image_begin || s.at >= image_end) {
-        continue;
-      }
-      const CornerWeights<R> w = value_weights(s.cell());
-      if (s.has_all_corners() && s.at >= image_begin && last < image_end) {
-        // Vectors of all corners are loaded before any is stored, so that no
-        // load waits for a store in a row of the same place in the cache.
-        R* to = grad_input + s.at + dg * group_width;
-        const R w0 = w.w[0] * s.mask, w1 = w.w[1] * s.mask;
-        const R w2 = w.w[2] * s.mask, w3 = w.w[3] * s.mask;
-        R *to1 = to + steps.step[1], *to2 = to + steps.step[2];
-        R* to3 = to + steps.step[3];
-        for_lanes<R>(group_width, [&](auto lanes, int q) {
-          const auto g = lanes.load_from(grad_columns + q);
-          const auto v0 = lanes.load_from(to + q) + w0 * g;
-          const auto v1 = lanes.load_from(to1 + q) + w1 * g;
-          const auto v2 = lanes.load_from(to2 + q) + w2 * g;
-          const auto v3 = lanes.load_from(to3 + q) + w3 * g;
-          lanes.store_to(to + q, v0);
-          lanes.store_to(to1 + q, v1);
-          lanes.store_to(to2 + q, v2);
-          lanes.store_to(to3 + q, v3);
-        });
-        continue;
-      }
-      for (int corner = 0; corner < 4; ++corner) {
-        const int64_t at = s.at + steps.step[corner];
-        if (!s.has_corner(corner) || at < image_begin || at >= image_end) {
-          continue;
-        }
-        R* to = grad_input + at + dg * group_width;
-        const R weight = w.w[corner] * s.mask;
-        for_lanes<R>(group_width, [&](auto lanes, int q) {
-          lanes.store_to(
-              to + q,
-              lanes.load_from(to + q) +
-                  weight * lanes.load_from(grad_columns + q));
-        });
-      }
-    }
-  }
+  with_vector_count<R>(params.C / params.DG, [&](auto count) {
+    scatter_rows<count.value, R>(
+        params,
+        block,
+        samples,
+        grad_columns,
+        image_begin,
+        image_end,
+        sink,
+        grad_input);
+  });
 }
 
 // Either way between storage and arithmetic.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -76,9 +77,9 @@ struct Source {
   }
 
   // The plan of the block's samples, in the worker's memory.
-  const Sample<R>* plan(const Block& block, Worker& worker) const {
-    auto* samples = worker.samples.get<Sample<R>>(
-        block.pixels() * block.taps() * groups(block).count());
+  const SampleBlock<R>* plan(const Block& block, Worker& worker) const {
+    auto* samples = worker.samples.get<SampleBlock<R>>(SampleBlock<R>::blocks(
+        block.pixels() * block.taps() * groups(block).count()));
     kernels.plan(params, block, offset, mask, samples);
     return samples;
   }
@@ -87,7 +88,7 @@ struct Source {
   // apart, in the worker's memory, with room behind them for one more row.
   R* sample(
       const Block& block,
-      const Sample<R>* samples,
+      const SampleBlock<R>* samples,
       int64_t pixel_stride,
       Worker& worker) const {
     R* columns = worker.columns.get<R>((block.pixels() + 1) * pixel_stride);
@@ -97,7 +98,7 @@ struct Source {
 
   void sample_to(
       const Block& block,
-      const Sample<R>* samples,
+      const SampleBlock<R>* samples,
       R* columns,
       int64_t pixel_stride,
       int64_t tap_stride) const {
@@ -177,31 +178,30 @@ void fill_zero(ThreadPool::Session& session, R* data, int64_t count) {
   });
 }
 
-// Cuts the image's gradient, `size` elements, into ranges that take about
-// equally many of the samples: bounds [parts + 1], all at whole pixels. A few
-// samples tell.
+// Cuts the image's gradient into ranges that take about equally many of the
+// samples: bounds [parts + 1], all at whole pixels. A few samples tell. Corners
+// off the image are in the outer ranges.
 template <typename R>
 std::vector<int64_t> scatter_bounds(
-    const Sample<R>* samples,
-    int64_t count,
-    int64_t size,
+    const SampleBlock<R>* samples,
+    int64_t blocks,
     int parts) {
   constexpr int64_t looked_at_most = 512;
   std::vector<int64_t> places;
-  const int64_t step = ceil_div(count, looked_at_most);
-  for (int64_t i = 0; i < count; i += step) {
-    if (samples[i].live()) {
-      places.push_back(samples[i].at);
+  const int64_t step = ceil_div(blocks, looked_at_most);
+  for (int64_t i = 0; i < blocks; i += step) {
+    const Sample<R> first(samples + i, 0);
+    if (first.live()) {
+      places.push_back(first.at());
     }
   }
-  std::vector<int64_t> bounds{0};
+  std::vector<int64_t> bounds{std::numeric_limits<int64_t>::min()};
   for (int i = 1; i < parts; ++i) {
     const auto cut = places.begin() + i * places.size() / parts;
     std::nth_element(places.begin(), cut, places.end());
-    bounds.push_back(
-        places.empty() ? size : std::clamp<int64_t>(*cut, 0, size));
+    bounds.push_back(places.empty() ? bounds[0] : *cut);
   }
-  bounds.push_back(size);
+  bounds.push_back(std::numeric_limits<int64_t>::max());
   return bounds;
 }
 
@@ -230,7 +230,9 @@ void sampling_vjp(
   const int step = static_cast<int>(
       ceil_div(source.taps(), ceil_div(source.taps(), most_taps)));
   const int64_t pixel_bytes =
-      step * (p.C * sizeof(R) + p.DG * sizeof(Sample<R>));
+      step *
+      (p.C * sizeof(R) +
+       p.DG * sizeof(SampleBlock<R>) / SampleBlock<R>::size);
   const int64_t tile =
       pixels_per_tile(source.pixels(), chunk_tile_pixels, pixel_step);
   // Chunks of about one size: a short last one would leave workers idle.
@@ -243,15 +245,23 @@ void sampling_vjp(
     for (int k = 0; k < source.taps(); k += step) {
       const Block all{begin, end, k, std::min(k + step, source.taps()), 0, p.C};
       R* columns = session.shared_columns().get<R>(all.pixels() * all.width());
-      auto* samples = session.shared_samples().get<Sample<R>>(
-          all.pixels() * all.taps() * p.DG);
-
-      session.run(ceil_div(all.pixels(), tile), [&](int64_t i, Worker& worker) {
+      // Each tile's plan begins with a block of its own.
+      const int64_t tile_blocks =
+          SampleBlock<R>::blocks(tile * all.taps() * p.DG);
+      const int64_t tiles = ceil_div(all.pixels(), tile);
+      auto* samples = session.shared_samples().get<SampleBlock<R>>(
+          tiles * tile_blocks);
+      const auto tile_at = [&](int64_t i) {
         Block block = all;
         block.pixel_begin = begin + i * tile;
         block.pixel_end = std::min(block.pixel_begin + tile, end);
+        return block;
+      };
+
+      session.run(tiles, [&](int64_t i, Worker& worker) {
+        const Block block = tile_at(i);
         R* grad = columns + i * tile * all.width();
-        auto* plan = samples + i * tile * all.taps() * p.DG;
+        auto* plan = samples + i * tile_blocks;
         source.kernels.plan(p, block, source.offset, source.mask, plan);
         column_cotangent(block, grad, worker);
         if (grad_offset || grad_mask) {
@@ -268,11 +278,21 @@ void sampling_vjp(
       });
 
       if (grad_input) {
-        const std::vector<int64_t> bounds = scatter_bounds(
-            samples, all.pixels() * all.taps() * p.DG, size, session.size());
-        session.run(session.size(), [&](int64_t i, Worker&) {
-          source.kernels.scatter(
-              p, all, samples, columns, bounds[i], bounds[i + 1], grad_input);
+        const std::vector<int64_t> bounds =
+            scatter_bounds(samples, tiles * tile_blocks, session.size());
+        session.run(session.size(), [&](int64_t part, Worker& worker) {
+          R* sink = worker.rows.get<R>(p.C / p.DG);
+          for (int64_t i = 0; i < tiles; ++i) {
+            source.kernels.scatter(
+                p,
+                tile_at(i),
+                samples + i * tile_blocks,
+                columns + i * tile * all.width(),
+                bounds[part],
+                bounds[part + 1],
+                sink,
+                grad_input);
+          }
         });
       }
     }

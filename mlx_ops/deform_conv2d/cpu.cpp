@@ -70,17 +70,10 @@ void forward(
       }
     }
     for (const ColumnRange& range : ranges) {
-      const Block whole = range.at(begin, end);
-      const Sample<R>* samples = source.plan(whole, worker);
-      const int64_t pixel_samples =
-          int64_t(whole.taps()) * source.groups(whole).count();
       for (int64_t s = begin; s < end; s += strip) {
         const Block block = range.at(s, std::min(s + strip, end));
         const R* columns = source.sample(
-            block,
-            samples + (s - begin) * pixel_samples,
-            block.width(),
-            worker);
+            block, source.plan(block, worker), block.width(), worker);
         product.add(block, columns, sums + (s - begin) * p.O, bias, worker);
       }
     }

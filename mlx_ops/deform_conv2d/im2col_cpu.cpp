@@ -28,7 +28,7 @@ void im2col(const Source<T, R>& source, T* columns) {
           range.at(begin, std::min(begin + tile, source.pixels()));
       T* out = columns + begin * p.column_pixel +
           block.tap_begin * p.column_tap + block.channel_begin;
-      const Sample<R>* samples = source.plan(block, worker);
+      const SampleBlock<R>* samples = source.plan(block, worker);
       if constexpr (std::is_same_v<T, R>) {
         source.sample_to(block, samples, out, p.column_pixel, p.column_tap);
       } else {

@@ -15,16 +15,16 @@ namespace mlx_deform::stand_in {
 namespace {
 
 using cpu::Block;
-using cpu::Sample;
+using cpu::SampleBlock;
 using cpu::Source;
 
 // One sample of all channels, planned and ready.
 template <typename T, typename R>
 struct OneSample {
   Block block;
-  std::vector<Sample<R>> plan;
+  std::vector<SampleBlock<R>> plan;
 
-  explicit OneSample(const DeformConv2dParams& p) : block{}, plan(p.DG) {
+  explicit OneSample(const DeformConv2dParams& p) : block{}, plan(SampleBlock<R>::blocks(p.DG)) {
     block.channel_end = p.C;
   }
 
@@ -166,6 +166,7 @@ void col2im(
     // Scattering reads no image; anything stands in for it.
     const Source<T, R> source(
         p, in.at("offset"), in.at("offset"), find(in, "mask"));
+    std::vector<R> sink(p.C / p.DG);
     for_each_cotangent(p, source, from, [&](const auto& sample, const R* row) {
       source.kernels.scatter(
           p,
@@ -174,6 +175,7 @@ void col2im(
           row,
           0,
           grad_input.size(),
+          sink.data(),
           grad_input.data<R>());
     });
   });

@@ -181,10 +181,11 @@ void check_sampling(const TileKernels<T, R>& kernels, int C, int DG) {
   const std::vector<T> zeros(C);
 
   const Block block{0, pixels, 0, taps, 0, C};
-  std::vector<Sample<R>> plan(samples);
+  std::vector<SampleBlock<R>> plan(SampleBlock<R>::blocks(samples));
   kernels.plan(p, block, offset.data(), mask.data(), plan.data());
   std::vector<R> columns(cotangent.size()), grad_offset(2 * samples);
   std::vector<R> grad_mask(samples), grad_image(image.size(), R(0));
+  std::vector<R> sink(width);
   kernels.sample(
       p,
       block,
@@ -210,6 +211,7 @@ void check_sampling(const TileKernels<T, R>& kernels, int C, int DG) {
       cotangent.data(),
       0,
       int64_t(image.size()),
+      sink.data(),
       grad_image.data());
 
   std::vector<double> want_image(image.size());
