@@ -171,6 +171,12 @@ class ForwardProduct {
     return own_ ? 16 * own_->strip : tile_pixels;
   }
 
+  // How many columns to take at once: with our own products, all taps of 64
+  // channels and 3 x 3 taps.
+  int64_t most_columns() const {
+    return own_ ? block_width + block_width / 4 : block_width;
+  }
+
   // How many pixels to sample between two products: so few that their columns
   // stay close, yet enough to use a panel of the weight a few times; BLAS wants
   // a whole tile.

@@ -47,10 +47,10 @@ void forward(
     const R* bias,
     T* out) {
   const DeformConv2dParams& p = source.params;
-  const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
-
   ThreadPool::Session session(ThreadPool::instance(), source.work());
   const ForwardProduct<R> product(session, p, weight);
+  const std::vector<ColumnRange> ranges =
+      column_ranges(p, product.most_columns());
   const int64_t tile = pixels_per_tile(
       source.pixels(), product.most_pixels(), product.pixel_step());
   const int64_t strip = product.pixels_at_once(tile);
