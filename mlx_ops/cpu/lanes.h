@@ -75,15 +75,17 @@ static inline void for_last_lanes(int i, int n, const F& f) {
   }
 }
 
-// How many vectors a row has, as far as that is known before rows come: 0 where
-// it isn't, or where a row is more than whole vectors.
+// How many vectors a row has, as far as that is known when code is compiled.
+constexpr int whole_vectors = -1; // any number of them
+constexpr int any_lanes = 0; // whole vectors and last lanes
 template <int n>
 struct VectorCount {
   static constexpr int value = n;
 };
 
 // Calls f(VectorCount) for rows of n lanes: code of their own for the usual
-// short rows, whose time would go by what a loop does besides.
+// short rows, whose time would go by what a loop does besides, and for rows
+// without last lanes, whose code takes registers.
 template <typename R, typename F>
 static inline void with_vector_count(int n, const F& f) {
   constexpr int width = VectorOf<R>::width;
@@ -92,17 +94,26 @@ static inline void with_vector_count(int n, const F& f) {
       return f(VectorCount<1>{});
     case 2 * width:
       return f(VectorCount<2>{});
+    case 3 * width:
+      return f(VectorCount<3>{});
     case 4 * width:
       return f(VectorCount<4>{});
     case 8 * width:
       return f(VectorCount<8>{});
     default:
-      return f(VectorCount<0>{});
+      return n % width == 0 ? f(VectorCount<whole_vectors>{})
+                            : f(VectorCount<any_lanes>{});
   }
 }
 
+// The length of rows that have n lanes: a constant where it is known.
+template <typename R, int vectors>
+constexpr int row_length(int n) {
+  return vectors > 0 ? vectors * VectorOf<R>::width : n;
+}
+
 // Calls f(lanes, i) for neighbouring lanes from i on, which cover [0, n).
-template <typename R, int vectors = 0, typename F>
+template <typename R, int vectors = any_lanes, typename F>
 static inline void for_lanes(int n, const F& f) {
   constexpr int width = VectorOf<R>::width;
   if constexpr (vectors > 0) {
@@ -116,7 +127,9 @@ static inline void for_lanes(int n, const F& f) {
     for (; i + width <= n; i += width) {
       f(Whole<R>{}, i);
     }
-    for_last_lanes<R>(i, n, f);
+    if constexpr (vectors == any_lanes) {
+      for_last_lanes<R>(i, n, f);
+    }
   }
 }
 

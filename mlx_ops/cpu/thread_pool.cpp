@@ -145,6 +145,7 @@ struct ThreadPool::State {
 
   Scratch shared_columns;
   Scratch shared_samples;
+  Scratch shared_sums;
   Scratch packed_weight;
   std::vector<std::unique_ptr<Worker>> workers; // [0] belongs to the caller
   std::vector<std::thread> threads;
@@ -245,6 +246,10 @@ Scratch& ThreadPool::Session::shared_columns() {
 
 Scratch& ThreadPool::Session::shared_samples() {
   return pool_.state_->shared_samples;
+}
+
+Scratch& ThreadPool::Session::shared_sums() {
+  return pool_.state_->shared_sums;
 }
 
 Scratch& ThreadPool::Session::packed_weight() {

@@ -68,6 +68,7 @@ class ThreadPool {
     // Scratch memory that all tasks of this session see.
     Scratch& shared_columns();
     Scratch& shared_samples();
+    Scratch& shared_sums();
     Scratch& packed_weight();
 
    private:

@@ -26,7 +26,8 @@ template <typename R>
 struct SampleBlock {
   static constexpr int size = 16;
 
-  int64_t at[size]; // element offset of the upper left corner, maybe off the image
+  int64_t
+      at[size]; // element offset of the upper left corner, maybe off the image
   R w[4][size]; // weights of the corners' values, times a finite mask
   R ly[size]; // position inside the cell; NaN where a coordinate is
   R lx[size];
@@ -45,37 +46,44 @@ struct SampleBlock {
   }
 };
 
-// One of them.
+// One of them, and by advance() those that follow.
 template <typename R>
 struct Sample {
-  const SampleBlock<R>& block;
+  const SampleBlock<R>* block;
   int lane;
 
   Sample(const SampleBlock<R>* samples, int64_t i)
-      : block(samples[uint64_t(i) / SampleBlock<R>::size]),
+      : block(samples + uint64_t(i) / SampleBlock<R>::size),
         lane(int(uint64_t(i) % SampleBlock<R>::size)) {}
 
+  void advance() {
+    if (++lane == SampleBlock<R>::size) {
+      lane = 0;
+      ++block;
+    }
+  }
+
   int64_t at() const {
-    return block.at[lane];
+    return block->at[lane];
   }
   R weight(int corner) const {
-    return block.w[corner][lane];
+    return block->w[corner][lane];
   }
   R mask() const {
-    return block.mask[lane];
+    return block->mask[lane];
   }
   bool has_all_corners() const {
     constexpr int all = SampleBlock<R>::all_corners;
-    return (block.flags[lane] & all) == all;
+    return (block->flags[lane] & all) == all;
   }
   bool has_corner(int i) const {
-    return block.flags[lane] >> i & 1;
+    return block->flags[lane] >> i & 1;
   }
   bool live() const {
-    return block.flags[lane] & SampleBlock<R>::live_bit;
+    return block->flags[lane] & SampleBlock<R>::live_bit;
   }
   bool mask_is_apart() const {
-    return block.flags[lane] & SampleBlock<R>::mask_apart_bit;
+    return block->flags[lane] & SampleBlock<R>::mask_apart_bit;
   }
 };
 
@@ -132,10 +140,12 @@ struct TileKernels {
       SampleBlock<R>* samples);
 
   // columns[p * pixel_stride + k * tap_stride + c] for the block's pixels, taps
-  // and channels, all counted from the block's first.
+  // and channels, all counted from the block's first. `samples` are those of
+  // `planned`, which the block is part of.
   void (*sample)(
       const DeformConv2dParams& params,
       const Block& block,
+      const Block& planned,
       const SampleBlock<R>* samples,
       const T* input, // [N][H][W][C]
       const T* zeros, // C zeros, read in place of corners outside the image

@@ -4,192 +4,13 @@
 
 #include "mlx_ops/cpu/lane_sums.h"
 #include "mlx_ops/cpu/lanes.h"
+#include "mlx_ops/cpu/plan_impl.h"
 #include "mlx_ops/cpu/tile_kernels.h"
 #include "mlx_ops/cpu/vector.h"
 
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
-
-// Samples on their way into a plan: their positions, in order.
-template <typename R>
-struct Positions {
-  static constexpr int most = 512;
-  R y[most], x[most], mask[most];
-  int64_t image[most]; // element offset of the pixel's image
-  int count = 0;
-};
-
-// Plans a block of samples.
-template <typename R>
-static inline void locate(
-    const DeformConv2dParams& p,
-    const Positions<R>& from,
-    int first,
-    SampleBlock<R>& to) {
-  const int64_t across = int64_t(p.W) * p.C;
-  const int64_t channels = p.C;
-  int row[SampleBlock<R>::size], col[SampleBlock<R>::size];
-  for (int i = 0; i < SampleBlock<R>::size; ++i) {
-    const BilinearCell<R> cell =
-        bilinear_cell<R>(from.y[first + i], from.x[first + i], p.H, p.W);
-    row[i] = cell.y;
-    col[i] = cell.x;
-    // A NaN position makes value and slopes NaN by itself.
-    const R nan_or_0 = cell.nan ? R(__builtin_nan("")) : R(0);
-    BilinearCell<R> place{};
-    place.ly = cell.ly + nan_or_0;
-    place.lx = cell.lx + nan_or_0;
-    to.ly[i] = place.ly;
-    to.lx[i] = place.lx;
-    const R mask = from.mask[first + i];
-    const bool finite = mask - mask == R(0);
-    const R m = finite ? mask : R(1);
-    const CornerWeights<R> weights = value_weights(place);
-    for (int j = 0; j < 4; ++j) {
-      to.w[j][i] = m * weights.w[j];
-    }
-    to.mask[i] = mask;
-    to.flags[i] = int(cell.corner[0]) | int(cell.corner[1]) << 1 |
-        int(cell.corner[2]) << 2 | int(cell.corner[3]) << 3 |
-        int(cell.inside || cell.nan) * SampleBlock<R>::live_bit |
-        int(!finite) * SampleBlock<R>::mask_apart_bit;
-  }
-  for (int i = 0; i < SampleBlock<R>::size; ++i) {
-    to.at[i] = from.image[first + i] + row[i] * across + col[i] * channels;
-  }
-}
-
-// Plans samples in order, a block whenever there are enough.
-template <typename R>
-class Planner {
- public:
-  Planner(const DeformConv2dParams& params, SampleBlock<R>* to)
-      : params_(params), to_(to) {}
-
-  // n samples, fewer than `most`, that lie side by side in memory: at rows
-  // y + rows[i] and columns x + cols[i], undisplaced.
-  static constexpr int most = Positions<R>::most - SampleBlock<R>::size;
-  void add(
-      int n,
-      int y,
-      int x,
-      const int* rows,
-      const int* cols,
-      int64_t image,
-      const R* offset,
-      const R* mask) {
-    if (positions_.count + n > Positions<R>::most) {
-      plan_whole_blocks();
-    }
-    R* to_y = positions_.y + positions_.count;
-    R* to_x = positions_.x + positions_.count;
-    R* to_mask = positions_.mask + positions_.count;
-    int64_t* to_image = positions_.image + positions_.count;
-    for (int i = 0; i < n; ++i) {
-      to_y[i] = R(y + rows[i]) + offset[2 * i];
-      to_x[i] = R(x + cols[i]) + offset[2 * i + 1];
-      to_mask[i] = mask ? mask[i] : R(1);
-      to_image[i] = image;
-    }
-    positions_.count += n;
-  }
-
-  // Plans what is left, and fills up the last block.
-  void finish() {
-    plan_whole_blocks();
-    if (positions_.count > 0) {
-      locate(params_, positions_, 0, *to_);
-    }
-  }
-
- private:
-  void plan_whole_blocks() {
-    constexpr int size = SampleBlock<R>::size;
-    const int whole = positions_.count / size * size;
-    for (int i = 0; i < whole; i += size) {
-      locate(params_, positions_, i, *to_++);
-    }
-    for (int i = whole; i < positions_.count; ++i) {
-      positions_.y[i - whole] = positions_.y[i];
-      positions_.x[i - whole] = positions_.x[i];
-      positions_.mask[i - whole] = positions_.mask[i];
-      positions_.image[i - whole] = positions_.image[i];
-    }
-    positions_.count -= whole;
-  }
-
-  const DeformConv2dParams& params_;
-  SampleBlock<R>* to_;
-  Positions<R> positions_{};
-};
-
-template <typename R>
-void plan(
-    const DeformConv2dParams& params,
-    const Block& block,
-    const R* offset,
-    const R* mask,
-    SampleBlock<R>* samples) {
-  const int taps = params.kH * params.kW;
-  const GroupRange groups =
-      offset_groups(params, block.channel_begin, block.channel_end);
-  // All taps of neighbouring groups lie side by side in memory.
-  const bool all_taps = block.taps() == taps;
-  const int at_once = all_taps ? groups.count() * taps : block.taps();
-  const int runs = all_taps ? 1 : groups.count();
-
-  constexpr int most = Planner<R>::most;
-  int rows[most], cols[most];
-  int listed = -1; // the first of those listed there
-  const auto list_taps = [&](int first, int n) {
-    for (int i = 0; i < n; ++i) {
-      const int tap = block.tap_begin + (first + i) % block.taps();
-      rows[i] = tap / params.kW * params.dilation_h;
-      cols[i] = tap % params.kW * params.dilation_w;
-    }
-    listed = first;
-  };
-
-  Planner<R> planner(params, samples);
-  int64_t rest = block.pixel_begin;
-  int wo = int(rest % params.Wo);
-  rest /= params.Wo;
-  int ho = int(rest % params.Ho);
-  const int64_t image_size = int64_t(params.H) * params.W * params.C;
-  int64_t image = rest / params.Ho * image_size;
-  for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
-    const int y = ho * params.stride_h - params.pad_h;
-    const int x = wo * params.stride_w - params.pad_w;
-    for (int run = 0; run < runs; ++run) {
-      const int64_t at = (p * params.DG + groups.first + run) * taps +
-          block.tap_begin;
-      for (int i = 0; i < at_once; i += most) {
-        const int n = at_once - i < most ? at_once - i : most;
-        if (listed != i) {
-          list_taps(i, n);
-        }
-        planner.add(
-            n,
-            y,
-            x,
-            rows,
-            cols,
-            image,
-            offset + 2 * (at + i),
-            mask ? mask + at + i : nullptr);
-      }
-    }
-    if (++wo == params.Wo) {
-      wo = 0;
-      if (++ho == params.Ho) {
-        ho = 0;
-        image += image_size;
-      }
-    }
-  }
-  planner.finish();
-}
 
 // Element offsets of a cell's corners from the upper left one.
 struct CornerSteps {
@@ -264,6 +85,7 @@ template <int vectors, typename T, typename R>
 void sample_rows(
     const DeformConv2dParams& params,
     const Block& block,
+    const Block& planned,
     const SampleBlock<R>* samples,
     const T* input,
     const T* zeros,
@@ -275,19 +97,26 @@ void sample_rows(
   const int group_width = params.C / params.DG;
   const CornerSteps steps(params);
 
+  const GroupRange planned_groups =
+      offset_groups(params, planned.channel_begin, planned.channel_end);
   const int64_t pixels = block.pixels();
   const int taps = block.taps();
-  int64_t next = 0;
   for (int64_t p = 0; p < pixels; ++p) {
+    const int64_t planned_before =
+        (block.pixel_begin - planned.pixel_begin + p) * planned_groups.count() -
+        planned_groups.first;
     R* out = columns + p * pixel_stride;
     int c = block.channel_begin;
     for (int dg = groups.first; dg < groups.last; ++dg) {
       const int group_end = (dg + 1) * group_width;
       const int end =
           group_end < block.channel_end ? group_end : block.channel_end;
-      const int n = vectors ? vectors * VectorOf<R>::width : end - c;
-      for (int k = 0; k < taps; ++k) {
-        const Sample<R> s(samples, next++);
+      const int n = row_length<R, vectors>(end - c);
+      Sample<R> s(
+          samples,
+          (planned_before + dg) * planned.taps() + block.tap_begin -
+              planned.tap_begin);
+      for (int k = 0; k < taps; ++k, s.advance()) {
         sample_row<vectors>(s, steps, input, zeros, c, n, out + k * tap_stride);
       }
       out += n;
@@ -300,24 +129,27 @@ template <typename T, typename R>
 void sample(
     const DeformConv2dParams& params,
     const Block& block,
+    const Block& planned,
     const SampleBlock<R>* samples,
     const T* input,
     const T* zeros,
     R* columns,
     int64_t pixel_stride,
     int64_t tap_stride) {
-  // All rows have the same length unless the block cuts one of its groups.
+  const GroupRange groups =
+      offset_groups(params, block.channel_begin, block.channel_end);
   const int group_width = params.C / params.DG;
   const bool whole_groups = block.channel_begin % group_width == 0 &&
       block.channel_end % group_width == 0;
-  const bool one_group =
-      offset_groups(params, block.channel_begin, block.channel_end).count() ==
-      1;
-  const int n = one_group ? block.channels() : whole_groups ? group_width : 0;
+  constexpr int unlike = 1; // rows of several lengths: a block cuts its groups
+  const int n = groups.count() == 1 ? block.channels()
+      : whole_groups                ? group_width
+                                    : unlike;
   with_vector_count<R>(n, [&](auto count) {
     sample_rows<count.value, T, R>(
         params,
         block,
+        planned,
         samples,
         input,
         zeros,
@@ -374,7 +206,7 @@ struct SampleGrads {
 };
 
 // The cotangent times each corner, summed over n channels.
-template <typename T, typename R>
+template <int vectors, typename T, typename R>
 static inline void
 corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
   constexpr int width = VectorOf<R>::width;
@@ -398,22 +230,26 @@ corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
     q += width;
   }
   R last[4]{};
-  for_last_lanes<R>(q, n, [&](auto lanes, int q) {
-    const auto g = lanes.load_from(grad + q);
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (lanes.is_vector) {
-        s[i] += g * lanes.load_from(from.p[i] + q);
-      } else {
-        last[i] += g * lanes.load_from(from.p[i] + q);
+  if constexpr (vectors == any_lanes) {
+    for_last_lanes<R>(q, n, [&](auto lanes, int q) {
+      const auto g = lanes.load_from(grad + q);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (lanes.is_vector) {
+          s[i] += g * lanes.load_from(from.p[i] + q);
+        } else {
+          last[i] += g * lanes.load_from(from.p[i] + q);
+        }
       }
-    }
-  });
+    });
+  }
   for (int i = 0; i < 4; ++i) {
     s[i] += t[i];
   }
   lane_sums<R>(s, sums);
-  for (int i = 0; i < 4; ++i) {
-    sums[i] += last[i];
+  if constexpr (vectors == any_lanes) {
+    for (int i = 0; i < 4; ++i) {
+      sums[i] += last[i];
+    }
   }
 }
 
@@ -428,30 +264,28 @@ void offset_grad_rows(
     R* grad_offset,
     R* grad_mask) {
   const int taps = params.kH * params.kW;
-  const int n =
-      vectors ? vectors * VectorOf<R>::width : params.C / params.DG;
+  const int n = row_length<R, vectors>(params.C / params.DG);
   const CornerSteps steps(params);
   SampleGrads<R> grads{};
-  int64_t next = 0;
+  Sample<R> s(samples, 0);
 
   for (int64_t p = block.pixel_begin; p < block.pixel_end; ++p) {
     for (int dg = 0; dg < params.DG; ++dg) {
       const R* grad = grad_columns + dg * n;
-      for (int k = block.tap_begin; k < block.tap_end; ++k, grad += params.C) {
-        const Sample<R> s(samples, next++);
+      for (int k = block.tap_begin; k < block.tap_end;
+           ++k, s.advance(), grad += params.C) {
         const Corners<T> from(s, steps, input, zeros, dg * n);
-        corner_sums(from, grad, n, grads.corner[s.lane]);
+        corner_sums<vectors>(from, grad, n, grads.corner[s.lane]);
         grads.at[s.lane] = (p * params.DG + dg) * taps + k;
         if (s.lane == grads.size - 1) {
-          grads.write(s.block, grads.size, grad_offset, grad_mask);
+          grads.write(*s.block, grads.size, grad_offset, grad_mask);
         }
       }
     }
     grad_columns += block.width();
   }
-  const Sample<R> end(samples, next);
-  if (end.lane > 0) {
-    grads.write(end.block, end.lane, grad_offset, grad_mask);
+  if (s.lane > 0) {
+    grads.write(*s.block, s.lane, grad_offset, grad_mask);
   }
 }
 
@@ -488,24 +322,24 @@ void scatter_rows(
     int64_t image_end,
     R* sink,
     R* grad_input) {
-  const int n = vectors ? vectors * VectorOf<R>::width : params.C / params.DG;
+  const int n = row_length<R, vectors>(params.C / params.DG);
   const CornerSteps steps(params);
 
   const int64_t pixels = block.pixels();
   const int taps = block.taps();
-  int64_t next = 0;
+  Sample<R> s(samples, 0);
   for (int64_t p = 0; p < pixels; ++p, grad_columns += block.width()) {
     for (int dg = 0; dg < params.DG; ++dg) {
       const R* grad = grad_columns + dg * n;
-      for (int k = 0; k < taps; ++k, grad += params.C) {
-        const Sample<R> s(samples, next++);
+      for (int k = 0; k < taps; ++k, s.advance(), grad += params.C) {
         const int64_t at = s.at();
         if (at + steps.to(3) < image_begin || at >= image_end) {
           continue;
         }
         R* to[4];
         for (int i = 0; i < 4; ++i) {
-          to[i] = s.has_corner(i) ? grad_input + at + steps.to(i) + dg * n : sink;
+          to[i] =
+              s.has_corner(i) ? grad_input + at + steps.to(i) + dg * n : sink;
         }
         if (at < image_begin || at + steps.to(3) >= image_end) [[unlikely]] {
           for (int i = 0; i < 4; ++i) {

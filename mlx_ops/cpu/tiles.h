@@ -1,12 +1,11 @@
-// How the CPU backend cuts a convolution into tiles that stay in cache, and the
-// gradient of the sampling that both ops share. Tile sizes follow from the
-// problem alone, never from the number of threads, so that results do too.
+// How the CPU backend cuts a convolution into tiles that stay in cache. Tile
+// sizes follow from the problem alone, never from the number of threads, so
+// that results do too.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -21,9 +20,6 @@ namespace mlx_deform::cpu {
 // Columns of one block; with tile_pixels rows they take 512 KB in float32.
 constexpr int64_t block_width = 512;
 constexpr int64_t tile_pixels = 256;
-// Bytes of column cotangents (and their samples) between two passes.
-constexpr int64_t chunk_bytes = 4 << 20;
-constexpr int64_t chunk_tile_pixels = 64;
 // Parts of a group's channels are whole cache lines, and groups of fewer
 // channels than this are sampled together.
 constexpr int channel_step = 16;
@@ -92,12 +88,14 @@ struct Source {
       int64_t pixel_stride,
       Worker& worker) const {
     R* columns = worker.columns.get<R>((block.pixels() + 1) * pixel_stride);
-    sample_to(block, samples, columns, pixel_stride, block.channels());
+    sample_to(block, block, samples, columns, pixel_stride, block.channels());
     return columns;
   }
 
+  // From the samples of a block that this one is part of.
   void sample_to(
       const Block& block,
+      const Block& planned,
       const SampleBlock<R>* samples,
       R* columns,
       int64_t pixel_stride,
@@ -105,6 +103,7 @@ struct Source {
     kernels.sample(
         params,
         block,
+        planned,
         samples,
         input,
         zeros.data(),
@@ -128,11 +127,13 @@ struct ColumnRange {
   }
 };
 
-// All columns, about `width` at a time, group by group.
+// All columns of some taps, about `width` at a time, group by group.
 inline std::vector<ColumnRange> column_ranges(
     const DeformConv2dParams& p,
-    int64_t width) {
-  const int taps = p.kH * p.kW;
+    int64_t width,
+    int tap_begin,
+    int tap_end) {
+  const int taps = tap_end - tap_begin;
   const int group = p.C / p.G; // channels of a weight group
   // Groups of few channels are sampled together: vectors run along channels.
   const int together = group >= channel_step
@@ -145,7 +146,7 @@ inline std::vector<ColumnRange> column_ranges(
     if (end - begin > width) {
       const int step = static_cast<int>(
           round_up(ceil_div(group, ceil_div(group, width)), channel_step));
-      for (int k = 0; k < taps; ++k) {
+      for (int k = tap_begin; k < tap_end; ++k) {
         for (int c = begin; c < end; c += step) {
           ranges.push_back({k, k + 1, c, std::min(c + step, end)});
         }
@@ -153,12 +154,18 @@ inline std::vector<ColumnRange> column_ranges(
     } else {
       const int64_t most = std::max<int64_t>(1, width / (end - begin));
       const int step = static_cast<int>(ceil_div(taps, ceil_div(taps, most)));
-      for (int k = 0; k < taps; k += step) {
-        ranges.push_back({k, std::min(k + step, taps), begin, end});
+      for (int k = tap_begin; k < tap_end; k += step) {
+        ranges.push_back({k, std::min(k + step, tap_end), begin, end});
       }
     }
   }
   return ranges;
+}
+
+inline std::vector<ColumnRange> column_ranges(
+    const DeformConv2dParams& p,
+    int64_t width) {
+  return column_ranges(p, width, 0, p.kH * p.kW);
 }
 
 // Pixels of one tile: large enough for an efficient product, small enough that
@@ -176,127 +183,6 @@ void fill_zero(ThreadPool::Session& session, R* data, int64_t count) {
   session.run(ceil_div(count, piece), [&](int64_t i, Worker&) {
     std::fill(data + i * piece, data + std::min(count, (i + 1) * piece), R(0));
   });
-}
-
-// Cuts the image's gradient into ranges that take about equally many of the
-// samples: bounds [parts + 1], all at whole pixels. A few samples tell. Corners
-// off the image are in the outer ranges.
-template <typename R>
-std::vector<int64_t> scatter_bounds(
-    const SampleBlock<R>* samples,
-    int64_t blocks,
-    int parts) {
-  constexpr int64_t looked_at_most = 512;
-  std::vector<int64_t> places;
-  const int64_t step = ceil_div(blocks, looked_at_most);
-  for (int64_t i = 0; i < blocks; i += step) {
-    const Sample<R> first(samples + i, 0);
-    if (first.live()) {
-      places.push_back(first.at());
-    }
-  }
-  std::vector<int64_t> bounds{std::numeric_limits<int64_t>::min()};
-  for (int i = 1; i < parts; ++i) {
-    const auto cut = places.begin() + i * places.size() / parts;
-    std::nth_element(places.begin(), cut, places.end());
-    bounds.push_back(places.empty() ? bounds[0] : *cut);
-  }
-  bounds.push_back(std::numeric_limits<int64_t>::max());
-  return bounds;
-}
-
-// The gradients of sampling, from the cotangent of the columns. Outputs may be
-// null. `column_cotangent(block, columns, worker)` writes the cotangent of the
-// block's columns, [pixels][taps][C]. Columns are taken chunk by chunk: workers
-// first make a chunk's cotangents and reduce them to offset and mask, then add
-// them to the image, each to a part of its own and in the order of pixels, so
-// that nothing races and the sum doesn't depend on who computes it.
-template <typename T, typename R, typename F>
-void sampling_vjp(
-    ThreadPool::Session& session,
-    const Source<T, R>& source,
-    const F& column_cotangent,
-    int64_t pixel_step, // what column_cotangent takes at once
-    R* grad_input,
-    R* grad_offset,
-    R* grad_mask) {
-  const DeformConv2dParams& p = source.params;
-  const int64_t size = int64_t(p.N) * p.H * p.W * p.C;
-  if (grad_input) {
-    fill_zero(session, grad_input, size);
-  }
-  const int most_taps =
-      static_cast<int>(std::max<int64_t>(1, 2 * block_width / p.C));
-  const int step = static_cast<int>(
-      ceil_div(source.taps(), ceil_div(source.taps(), most_taps)));
-  const int64_t pixel_bytes =
-      step *
-      (p.C * sizeof(R) +
-       p.DG * sizeof(SampleBlock<R>) / SampleBlock<R>::size);
-  const int64_t tile =
-      pixels_per_tile(source.pixels(), chunk_tile_pixels, pixel_step);
-  // Chunks of about one size: a short last one would leave workers idle.
-  const int64_t most = std::max<int64_t>(tile, chunk_bytes / pixel_bytes);
-  const int64_t chunks = std::max<int64_t>(1, ceil_div(source.pixels(), most));
-  const int64_t chunk = round_up(ceil_div(source.pixels(), chunks), tile);
-
-  for (int64_t begin = 0; begin < source.pixels(); begin += chunk) {
-    const int64_t end = std::min(begin + chunk, source.pixels());
-    for (int k = 0; k < source.taps(); k += step) {
-      const Block all{begin, end, k, std::min(k + step, source.taps()), 0, p.C};
-      R* columns = session.shared_columns().get<R>(all.pixels() * all.width());
-      // Each tile's plan begins with a block of its own.
-      const int64_t tile_blocks =
-          SampleBlock<R>::blocks(tile * all.taps() * p.DG);
-      const int64_t tiles = ceil_div(all.pixels(), tile);
-      auto* samples = session.shared_samples().get<SampleBlock<R>>(
-          tiles * tile_blocks);
-      const auto tile_at = [&](int64_t i) {
-        Block block = all;
-        block.pixel_begin = begin + i * tile;
-        block.pixel_end = std::min(block.pixel_begin + tile, end);
-        return block;
-      };
-
-      session.run(tiles, [&](int64_t i, Worker& worker) {
-        const Block block = tile_at(i);
-        R* grad = columns + i * tile * all.width();
-        auto* plan = samples + i * tile_blocks;
-        source.kernels.plan(p, block, source.offset, source.mask, plan);
-        column_cotangent(block, grad, worker);
-        if (grad_offset || grad_mask) {
-          source.kernels.offset_grad(
-              p,
-              block,
-              plan,
-              source.input,
-              source.zeros.data(),
-              grad,
-              grad_offset,
-              grad_mask);
-        }
-      });
-
-      if (grad_input) {
-        const std::vector<int64_t> bounds =
-            scatter_bounds(samples, tiles * tile_blocks, session.size());
-        session.run(session.size(), [&](int64_t part, Worker& worker) {
-          R* sink = worker.rows.get<R>(p.C / p.DG);
-          for (int64_t i = 0; i < tiles; ++i) {
-            source.kernels.scatter(
-                p,
-                tile_at(i),
-                samples + i * tile_blocks,
-                columns + i * tile * all.width(),
-                bounds[part],
-                bounds[part + 1],
-                sink,
-                grad_input);
-          }
-        });
-      }
-    }
-  }
 }
 
 } // namespace mlx_deform::cpu

@@ -8,6 +8,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_ops/arrays.h"
 #include "mlx_ops/cpu/memory.h"
+#include "mlx_ops/cpu/sampling_vjp.h"
 #include "mlx_ops/cpu/tiles.h"
 #include "mlx_ops/cpu/weight_products.h"
 #include "mlx_ops/gpu/run.h"
@@ -83,106 +84,182 @@ void forward(
   });
 }
 
+// The weight's gradient, chunk by chunk. Tasks own ranges of columns and sum
+// over all pixels, so they share nothing. Where the ranges are few, the pixels
+// are split as well, into partial sums that are added up in order: a few, or as
+// many as large machines can use where each has many tiles to sum.
 template <typename T, typename R>
-void weight_vjp(
-    ThreadPool::Session& session,
-    const Source<T, R>& source,
-    const T* cotangent,
-    R* grad_weight) {
-  const DeformConv2dParams& p = source.params;
-  const WeightGradProduct<R> product(p);
-  const WeightShape& shape = product.shape();
-  if (source.pixels() == 0) {
-    std::fill_n(grad_weight, shape.size, R(0));
-    return;
-  }
-  // Tasks own ranges of columns and sum over all pixels, so they share nothing.
-  // Where the ranges are few, the pixels are split as well, into partial sums
-  // that are added up in order: a few, or as many as large machines can use
-  // where each has many tiles to sum.
-  const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
-  const auto count = static_cast<int64_t>(ranges.size());
-  const int64_t tiles = ceil_div(source.pixels(), tile_pixels);
-  const int64_t tasks_wanted = std::clamp<int64_t>(tiles / 8 * count, 16, 64);
-  const int64_t most_splits = std::max<int64_t>(
-      1,
-      std::min(
-          {ceil_div(tasks_wanted, count),
-           tiles,
-           partial_bytes_most / int64_t(shape.size * sizeof(R))}));
-  const int64_t split_pixels =
-      round_up(ceil_div(source.pixels(), most_splits), tile_pixels);
-  const int64_t splits = ceil_div(source.pixels(), split_pixels);
-  const bool direct = splits == 1 && !shape.depthwise();
-  R* partial = direct ? grad_weight
-                      : session.shared_columns().get<R>(splits * shape.size);
+class WeightGrad {
+ public:
+  // Nothing to do where grad_weight is null.
+  WeightGrad(
+      ThreadPool::Session& session,
+      const Source<T, R>& source,
+      const T* cotangent,
+      R* grad_weight)
+      : session_(session),
+        source_(source),
+        cotangent_(cotangent),
+        grad_weight_(grad_weight),
+        product_(source.params) {}
 
-  session.run(count * splits, [&](int64_t i, Worker& worker) {
-    R* sums = partial + i / count * shape.size;
-    const ColumnRange& range = ranges[i % count];
-    const int64_t first = i / count * split_pixels;
-    const int64_t last = std::min(first + split_pixels, source.pixels());
-    for (int64_t begin = first; begin < last; begin += tile_pixels) {
-      const int64_t end = std::min(begin + tile_pixels, last);
-      const Block block = range.at(begin, end);
+  int64_t tasks(const Chunk<R>& chunk) {
+    if (!grad_weight_) {
+      return 0;
+    }
+    ranges_ = column_ranges(
+        source_.params,
+        block_width,
+        chunk.block.tap_begin,
+        chunk.block.tap_end);
+    if (splits_ == 0) {
+      split(chunk);
+    }
+    return static_cast<int64_t>(ranges_.size()) *
+        ceil_div(chunk.tiles(), split_tiles_);
+  }
+
+  void run(const Chunk<R>& chunk, int64_t task, Worker& worker) const {
+    const auto count = static_cast<int64_t>(ranges_.size());
+    const ColumnRange& range = ranges_[task % count];
+    const int64_t first = task / count * split_tiles_;
+    const int64_t last = std::min(first + split_tiles_, chunk.tiles());
+    R* sums = partial_ + task / count * product_.shape().size;
+    const int64_t at_once = std::max<int64_t>(1, tile_pixels / chunk.tile);
+    for (int64_t begin = first; begin < last; begin += at_once) {
+      const int64_t end = std::min(begin + at_once, last);
+      const Block block = range.at(
+          chunk.tile_at(begin).pixel_begin, chunk.tile_at(end - 1).pixel_end);
       // Not a multiple of the cache's way size, which a walk down a column
       // would pay for.
       const int64_t stride = block.width() + panel_room;
-      const R* columns =
-          source.sample(block, source.plan(block, worker), stride, worker);
-      const R* rows = cotangent_rows(source, cotangent, begin, end, worker);
-      product.add(block, columns, stride, rows, sums, begin != first, worker);
-    }
-  });
-
-  if (splits > 1) {
-    constexpr int64_t piece = 1 << 14;
-    R* out = shape.depthwise() ? partial : grad_weight;
-    session.run(ceil_div(shape.size, piece), [&](int64_t i, Worker&) {
-      const int64_t end = std::min(shape.size, (i + 1) * piece);
-      for (int64_t j = i * piece; j < end; ++j) {
-        R sum = partial[j];
-        for (int64_t s = 1; s < splits; ++s) {
-          sum += partial[s * shape.size + j];
-        }
-        out[j] = sum;
+      R* columns = worker.columns.get<R>((block.pixels() + 1) * stride);
+      for (int64_t i = begin; i < end; ++i) {
+        const Block tile = chunk.tile_at(i);
+        const Block part = range.at(tile.pixel_begin, tile.pixel_end);
+        source_.sample_to(
+            part,
+            chunk.samples ? tile : part,
+            chunk.samples ? chunk.samples_of(i) : source_.plan(part, worker),
+            columns + (i - begin) * chunk.tile * stride,
+            stride,
+            block.channels());
       }
-    });
+      const R* rows = cotangent_rows(
+          source_, cotangent_, block.pixel_begin, block.pixel_end, worker);
+      const bool accumulate = chunk.block.pixel_begin > 0 || begin > first;
+      product_.add(block, columns, stride, rows, sums, accumulate, worker);
+    }
   }
-  if (shape.depthwise()) {
-    unpack_depthwise(p, partial, grad_weight);
+
+  // Adds up the partial sums.
+  void finish() {
+    if (!grad_weight_) {
+      return;
+    }
+    const WeightShape& shape = product_.shape();
+    if (splits_ == 0) { // no pixels
+      std::fill_n(grad_weight_, shape.size, R(0));
+      return;
+    }
+    if (splits_ > 1) {
+      constexpr int64_t piece = 1 << 14;
+      R* out = shape.depthwise() ? partial_ : grad_weight_;
+      session_.run(ceil_div(shape.size, piece), [&](int64_t i, Worker&) {
+        const int64_t end = std::min(shape.size, (i + 1) * piece);
+        for (int64_t j = i * piece; j < end; ++j) {
+          R sum = partial_[j];
+          for (int64_t s = 1; s < splits_; ++s) {
+            sum += partial_[s * shape.size + j];
+          }
+          out[j] = sum;
+        }
+      });
+    }
+    if (shape.depthwise()) {
+      unpack_depthwise(source_.params, partial_, grad_weight_);
+    }
   }
-}
+
+ private:
+  static constexpr int64_t least_pixels = tile_pixels; // of a split
+
+  // As the first chunk, the largest, allows.
+  void split(const Chunk<R>& chunk) {
+    const WeightShape& shape = product_.shape();
+    const auto count = static_cast<int64_t>(ranges_.size());
+    const int64_t tasks_wanted = std::clamp<int64_t>(
+        ceil_div(source_.pixels(), tile_pixels) / 8 * count, 16, 64);
+    const int64_t most = std::max<int64_t>(
+        1,
+        std::min(
+            {ceil_div(tasks_wanted, count),
+             chunk.block.pixels() / least_pixels,
+             partial_bytes_most / int64_t(shape.size * sizeof(R))}));
+    split_tiles_ = ceil_div(chunk.tiles(), most);
+    splits_ = ceil_div(chunk.tiles(), split_tiles_);
+    partial_ = splits_ == 1 && !shape.depthwise()
+        ? grad_weight_
+        : session_.shared_sums().get<R>(splits_ * shape.size);
+  }
+
+  ThreadPool::Session& session_;
+  const Source<T, R>& source_;
+  const T* cotangent_;
+  R* grad_weight_;
+  WeightGradProduct<R> product_;
+  std::vector<ColumnRange> ranges_; // of the chunk's taps
+  int64_t split_tiles_ = 0;
+  int64_t splits_ = 0;
+  R* partial_ = nullptr; // [splits][weight]
+};
 
 template <typename T, typename R>
 void backward(
     const Source<T, R>& source,
     const R* weight,
     const T* cotangent,
-    R* grad_input,
-    R* grad_offset,
-    R* grad_weight,
-    R* grad_mask) {
+    const SamplingGrads<R>& grads,
+    R* grad_weight) {
+  const DeformConv2dParams& p = source.params;
   ThreadPool::Session session(ThreadPool::instance(), 2 * source.work());
-  if (grad_weight) {
-    weight_vjp(session, source, cotangent, grad_weight);
+  WeightGrad<T, R> weight_grad(session, source, cotangent, grad_weight);
+  const auto sampling = [&](auto& other) {
+    const ColumnCotangentProduct<R> product(session, p, weight);
+    sampling_vjp(
+        session,
+        source,
+        [&](const Block& block, R* out, Worker& worker) {
+          const R* rows = cotangent_rows(
+              source, cotangent, block.pixel_begin, block.pixel_end, worker);
+          product.multiply(block, rows, out, worker);
+        },
+        product.pixel_step(),
+        grads,
+        other);
+  };
+  if (grads.any() && chunk_taps(p) == source.taps()) {
+    sampling(weight_grad);
+  } else {
+    // With many channels a plan costs little, and long sums of a part of the
+    // weight's gradient, which then stays in cache, save more.
+    const Chunk<R> all{
+        {0, source.pixels(), 0, source.taps(), 0, p.C},
+        chunk_tile_pixels,
+        0,
+        nullptr,
+        nullptr};
+    session.run(
+        source.pixels() ? weight_grad.tasks(all) : 0,
+        [&](int64_t task, Worker& worker) {
+          weight_grad.run(all, task, worker);
+        });
+    if (grads.any()) {
+      NoOtherGrad no_other;
+      sampling(no_other);
+    }
   }
-  if (!grad_input && !grad_offset && !grad_mask) {
-    return;
-  }
-  const ColumnCotangentProduct<R> product(session, source.params, weight);
-  sampling_vjp(
-      session,
-      source,
-      [&](const Block& block, R* out, Worker& worker) {
-        const R* rows = cotangent_rows(
-            source, cotangent, block.pixel_begin, block.pixel_end, worker);
-        product.multiply(block, rows, out, worker);
-      },
-      product.pixel_step(),
-      grad_input,
-      grad_offset,
-      grad_mask);
+  weight_grad.finish();
 }
 
 } // namespace
@@ -243,10 +320,8 @@ void DeformConv2dVJP::eval_cpu(
           source,
           in[2].data<R>(),
           in[3].data<T>(),
-          grad_input,
-          grad_offset,
-          grad_weight,
-          grad_mask);
+          {grad_input, grad_offset, grad_mask},
+          grad_weight);
     });
   });
 }

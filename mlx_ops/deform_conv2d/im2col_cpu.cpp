@@ -5,6 +5,7 @@
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx_ops/arrays.h"
 #include "mlx_ops/cpu/memory.h"
+#include "mlx_ops/cpu/sampling_vjp.h"
 #include "mlx_ops/cpu/tiles.h"
 #include "mlx_ops/gpu/run.h"
 
@@ -30,7 +31,8 @@ void im2col(const Source<T, R>& source, T* columns) {
           block.tap_begin * p.column_tap + block.channel_begin;
       const SampleBlock<R>* samples = source.plan(block, worker);
       if constexpr (std::is_same_v<T, R>) {
-        source.sample_to(block, samples, out, p.column_pixel, p.column_tap);
+        source.sample_to(
+            block, block, samples, out, p.column_pixel, p.column_tap);
       } else {
         const R* sampled = source.sample(block, samples, block.width(), worker);
         for (int64_t q = 0; q < block.pixels(); ++q) {
@@ -96,6 +98,7 @@ void DeformIm2colVJP::eval_cpu(
       R* grad_input = take(wanted.input);
       R* grad_offset = take(wanted.offset);
       R* grad_mask = take(wanted.mask);
+      cpu::NoOtherGrad no_other;
       cpu::ThreadPool::Session session(
           cpu::ThreadPool::instance(), 2 * source.work());
       cpu::sampling_vjp(
@@ -112,9 +115,8 @@ void DeformIm2colVJP::eval_cpu(
             }
           },
           1,
-          grad_input,
-          grad_offset,
-          grad_mask);
+          cpu::SamplingGrads<R>{grad_input, grad_offset, grad_mask},
+          no_other);
     });
   });
 }

@@ -24,7 +24,8 @@ struct OneSample {
   Block block;
   std::vector<SampleBlock<R>> plan;
 
-  explicit OneSample(const DeformConv2dParams& p) : block{}, plan(SampleBlock<R>::blocks(p.DG)) {
+  explicit OneSample(const DeformConv2dParams& p)
+      : block{}, plan(SampleBlock<R>::blocks(p.DG)) {
     block.channel_end = p.C;
   }
 
@@ -78,6 +79,7 @@ void im2col(
       sample.move_to(source, pixel, tap);
       source.kernels.sample(
           p,
+          sample.block,
           sample.block,
           sample.plan.data(),
           source.input,
@@ -357,6 +359,7 @@ void for_each_column(
     sample.move_to(source, pixel, tap);
     source.kernels.sample(
         p,
+        sample.block,
         sample.block,
         sample.plan.data(),
         source.input,

@@ -189,6 +189,7 @@ void check_sampling(const TileKernels<T, R>& kernels, int C, int DG) {
   kernels.sample(
       p,
       block,
+      block,
       plan.data(),
       image.data(),
       zeros.data(),
