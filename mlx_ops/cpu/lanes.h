@@ -75,51 +75,67 @@ static inline void for_last_lanes(int i, int n, const F& f) {
   }
 }
 
-// How many vectors a row has, as far as that is known when code is compiled.
+// What is known of a row's length when code is compiled: a number of lanes, or
+constexpr int any_length = 0;
 constexpr int whole_vectors = -1; // any number of them
-constexpr int any_lanes = 0; // whole vectors and last lanes
 template <int n>
-struct VectorCount {
+struct Length {
   static constexpr int value = n;
 };
 
-// Calls f(VectorCount) for rows of n lanes: code of their own for the usual
-// short rows, whose time would go by what a loop does besides, and for rows
-// without last lanes, whose code takes registers.
+// Calls f(Length) for rows of n lanes: code of their own for the usual short
+// rows, whose time would go by what a loop does besides, and for rows without
+// last lanes, whose code takes registers.
 template <typename R, typename F>
-static inline void with_vector_count(int n, const F& f) {
+static inline void with_length(int n, const F& f) {
   constexpr int width = VectorOf<R>::width;
   switch (n) {
     case width:
-      return f(VectorCount<1>{});
+      return f(Length<width>{});
     case 2 * width:
-      return f(VectorCount<2>{});
+      return f(Length<2 * width>{});
     case 3 * width:
-      return f(VectorCount<3>{});
+      return f(Length<3 * width>{});
     case 4 * width:
-      return f(VectorCount<4>{});
+      return f(Length<4 * width>{});
     case 8 * width:
-      return f(VectorCount<8>{});
-    default:
-      return n % width == 0 ? f(VectorCount<whole_vectors>{})
-                            : f(VectorCount<any_lanes>{});
+      return f(Length<8 * width>{});
   }
+  if (n % width == 0) {
+    return f(Length<whole_vectors>{});
+  }
+  if constexpr (!has_masks) { // else one vector does
+    if (n == 3) { // a coloured image
+      return f(Length<3>{});
+    }
+    if constexpr (width > 4) {
+      if (n == 4) {
+        return f(Length<4>{});
+      }
+    }
+  }
+  f(Length<any_length>{});
 }
 
 // The length of rows that have n lanes: a constant where it is known.
-template <typename R, int vectors>
-constexpr int row_length(int n) {
-  return vectors > 0 ? vectors * VectorOf<R>::width : n;
+template <int length>
+constexpr int length_of(int n) {
+  return length > 0 ? length : n;
 }
 
 // Calls f(lanes, i) for neighbouring lanes from i on, which cover [0, n).
-template <typename R, int vectors = any_lanes, typename F>
+template <typename R, int length = any_length, typename F>
 static inline void for_lanes(int n, const F& f) {
   constexpr int width = VectorOf<R>::width;
-  if constexpr (vectors > 0) {
+  if constexpr (length > 0) {
+    constexpr int whole = length / width * width;
     MLX_DEFORM_UNROLL(8)
-    for (int i = 0; i < vectors; ++i) {
-      f(Whole<R>{}, i * width);
+    for (int i = 0; i < whole; i += width) {
+      f(Whole<R>{}, i);
+    }
+    MLX_DEFORM_UNROLL(4)
+    for (int i = whole; i < length; ++i) {
+      f(One<R>{}, i);
     }
   } else {
     int i = 0;
@@ -127,7 +143,7 @@ static inline void for_lanes(int n, const F& f) {
     for (; i + width <= n; i += width) {
       f(Whole<R>{}, i);
     }
-    if constexpr (vectors == any_lanes) {
+    if constexpr (length == any_length) {
       for_last_lanes<R>(i, n, f);
     }
   }

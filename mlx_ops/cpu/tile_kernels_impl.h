@@ -57,7 +57,7 @@ template <typename R>
 }
 
 // One sample at n channels from c on.
-template <int vectors, typename T, typename R>
+template <int length, typename T, typename R>
 static inline void sample_row(
     const Sample<R>& s,
     const CornerSteps& steps,
@@ -70,7 +70,7 @@ static inline void sample_row(
   const T *p0 = from.p[0], *p1 = from.p[1], *p2 = from.p[2], *p3 = from.p[3];
   const R w0 = s.weight(0), w1 = s.weight(1);
   const R w2 = s.weight(2), w3 = s.weight(3);
-  for_lanes<R, vectors>(n, [&](auto lanes, int q) {
+  for_lanes<R, length>(n, [&](auto lanes, int q) {
     lanes.store_to(
         out + q,
         w0 * lanes.load_from(p0 + q) + w1 * lanes.load_from(p1 + q) +
@@ -81,7 +81,7 @@ static inline void sample_row(
   }
 }
 
-template <int vectors, typename T, typename R>
+template <int length, typename T, typename R>
 void sample_rows(
     const DeformConv2dParams& params,
     const Block& block,
@@ -111,13 +111,13 @@ void sample_rows(
       const int group_end = (dg + 1) * group_width;
       const int end =
           group_end < block.channel_end ? group_end : block.channel_end;
-      const int n = row_length<R, vectors>(end - c);
+      const int n = length_of<length>(end - c);
       Sample<R> s(
           samples,
           (planned_before + dg) * planned.taps() + block.tap_begin -
               planned.tap_begin);
       for (int k = 0; k < taps; ++k, s.advance()) {
-        sample_row<vectors>(s, steps, input, zeros, c, n, out + k * tap_stride);
+        sample_row<length>(s, steps, input, zeros, c, n, out + k * tap_stride);
       }
       out += n;
       c += n;
@@ -145,8 +145,8 @@ void sample(
   const int n = groups.count() == 1 ? block.channels()
       : whole_groups                ? group_width
                                     : unlike;
-  with_vector_count<R>(n, [&](auto count) {
-    sample_rows<count.value, T, R>(
+  with_length<R>(n, [&](auto length) {
+    sample_rows<length.value, T, R>(
         params,
         block,
         planned,
@@ -206,10 +206,12 @@ struct SampleGrads {
 };
 
 // The cotangent times each corner, summed over n channels.
-template <int vectors, typename T, typename R>
+template <int length, typename T, typename R>
 static inline void
 corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
   constexpr int width = VectorOf<R>::width;
+  constexpr bool has_vectors = length <= 0 || length >= width;
+  constexpr bool has_last = length == any_length || length % width > 0;
   // Two sums each, for the next addition not to wait for the last.
   Vector<R> s[4]{}, t[4]{};
   int q = 0;
@@ -230,7 +232,7 @@ corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
     q += width;
   }
   R last[4]{};
-  if constexpr (vectors == any_lanes) {
+  if constexpr (has_last) {
     for_last_lanes<R>(q, n, [&](auto lanes, int q) {
       const auto g = lanes.load_from(grad + q);
       for (int i = 0; i < 4; ++i) {
@@ -242,18 +244,22 @@ corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
       }
     });
   }
-  for (int i = 0; i < 4; ++i) {
-    s[i] += t[i];
+  if constexpr (has_vectors || has_masks) {
+    for (int i = 0; i < 4; ++i) {
+      s[i] += t[i];
+    }
+    lane_sums<R>(s, sums);
+  } else {
+    sums[0] = sums[1] = sums[2] = sums[3] = R(0);
   }
-  lane_sums<R>(s, sums);
-  if constexpr (vectors == any_lanes) {
+  if constexpr (has_last) {
     for (int i = 0; i < 4; ++i) {
       sums[i] += last[i];
     }
   }
 }
 
-template <int vectors, typename T, typename R>
+template <int length, typename T, typename R>
 void offset_grad_rows(
     const DeformConv2dParams& params,
     const Block& block,
@@ -264,7 +270,7 @@ void offset_grad_rows(
     R* grad_offset,
     R* grad_mask) {
   const int taps = params.kH * params.kW;
-  const int n = row_length<R, vectors>(params.C / params.DG);
+  const int n = length_of<length>(params.C / params.DG);
   const CornerSteps steps(params);
   SampleGrads<R> grads{};
   Sample<R> s(samples, 0);
@@ -275,7 +281,7 @@ void offset_grad_rows(
       for (int k = block.tap_begin; k < block.tap_end;
            ++k, s.advance(), grad += params.C) {
         const Corners<T> from(s, steps, input, zeros, dg * n);
-        corner_sums<vectors>(from, grad, n, grads.corner[s.lane]);
+        corner_sums<length>(from, grad, n, grads.corner[s.lane]);
         grads.at[s.lane] = (p * params.DG + dg) * taps + k;
         if (s.lane == grads.size - 1) {
           grads.write(*s.block, grads.size, grad_offset, grad_mask);
@@ -299,8 +305,8 @@ void offset_grad(
     const R* grad_columns,
     R* grad_offset,
     R* grad_mask) {
-  with_vector_count<R>(params.C / params.DG, [&](auto count) {
-    offset_grad_rows<count.value, T, R>(
+  with_length<R>(params.C / params.DG, [&](auto length) {
+    offset_grad_rows<length.value, T, R>(
         params,
         block,
         samples,
@@ -312,7 +318,7 @@ void offset_grad(
   });
 }
 
-template <int vectors, typename R>
+template <int length, typename R>
 void scatter_rows(
     const DeformConv2dParams& params,
     const Block& block,
@@ -322,7 +328,7 @@ void scatter_rows(
     int64_t image_end,
     R* sink,
     R* grad_input) {
-  const int n = row_length<R, vectors>(params.C / params.DG);
+  const int n = length_of<length>(params.C / params.DG);
   const CornerSteps steps(params);
 
   const int64_t pixels = block.pixels();
@@ -353,7 +359,7 @@ void scatter_rows(
         const R w2 = mask * s.weight(2), w3 = mask * s.weight(3);
         // Vectors of all corners are loaded before any is stored, so that no
         // load waits for a store in a row of the same place in the cache.
-        for_lanes<R, vectors>(n, [&](auto lanes, int q) {
+        for_lanes<R, length>(n, [&](auto lanes, int q) {
           const auto g = lanes.load_from(grad + q);
           const auto v0 = lanes.load_from(to0 + q) + w0 * g;
           const auto v1 = lanes.load_from(to1 + q) + w1 * g;
@@ -379,8 +385,8 @@ void scatter(
     int64_t image_end,
     R* sink,
     R* grad_input) {
-  with_vector_count<R>(params.C / params.DG, [&](auto count) {
-    scatter_rows<count.value, R>(
+  with_length<R>(params.C / params.DG, [&](auto length) {
+    scatter_rows<length.value, R>(
         params,
         block,
         samples,
