@@ -71,6 +71,9 @@ static inline void for_last_lanes(int i, int n, const F& f) {
   } else {
     for (; i < n; ++i) {
       f(One<R>{}, i);
+      // Keeps the compiler from vectorising: whether rows overlap would have to
+      // be tested, which takes longer than so few lanes.
+      __asm__ volatile("");
     }
   }
 }
