@@ -2,36 +2,60 @@
 
 #pragma once
 
-#include "mlx_ops/cpu/vector.h"
+#include "mlx_ops/cpu/shuffles.h"
 
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
 
+#if MLX_DEFORM_HAS_SHUFFLES
+// In each quad, two neighbouring lanes of a and b, from the quad's `first` on:
+// by turns, (a, b, a, b),
+template <int width, int first>
+constexpr int by_turns(int i) {
+  return i / 4 * 4 + first + i % 4 / 2 + i % 2 * width;
+}
+// or (a, a, b, b).
+template <int width, int first>
+constexpr int pair_by_pair(int i) {
+  return i / 4 * 4 + first + i % 2 + i % 4 / 2 * width;
+}
+
+template <int first>
+constexpr int lane_from(int i) {
+  return first + i;
+}
+
+// The sum of a vector's quads.
+template <int width, typename V>
+static inline auto sum_of_quads(V v) {
+  if constexpr (width == 4) {
+    return v;
+  } else {
+    constexpr int half = width / 2;
+    return sum_of_quads<half>(
+        shuffle<half, lane_from<0>>(v, v) +
+        shuffle<half, lane_from<half>>(v, v));
+  }
+}
+#endif
+
 // The sums of four vectors' lanes, always in the same order.
 template <typename R>
 static inline void lane_sums(const Vector<R> (&v)[4], R (&sums)[4]) {
   constexpr int width = VectorOf<R>::width;
-#if __has_builtin(__builtin_shufflevector)
+#if MLX_DEFORM_HAS_SHUFFLES
   if constexpr (width >= 4) {
-    typedef R Quad __attribute__((vector_size(4 * sizeof(R))));
-    Quad q[4];
-    for (int i = 0; i < 4; ++i) {
-      q[i] = __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3);
-      if constexpr (width >= 8) {
-        q[i] += __builtin_shufflevector(v[i], v[i], 4, 5, 6, 7);
-      }
-      if constexpr (width == 16) {
-        q[i] += __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11) +
-            __builtin_shufflevector(v[i], v[i], 12, 13, 14, 15);
-      }
-    }
-    const Quad ab = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) +
-        __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-    const Quad cd = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) +
-        __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    const Quad all = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) +
-        __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    // First inside quads, where a lane needn't cross the vector.
+    const auto pairs = [](Vector<R> a, Vector<R> b) {
+      return shuffle<width, by_turns<width, 0>>(a, b) +
+          shuffle<width, by_turns<width, 2>>(a, b);
+    };
+    const Vector<R> ab = pairs(v[0], v[1]);
+    const Vector<R> cd = pairs(v[2], v[3]);
+    const auto all = sum_of_quads<width>(
+        shuffle<width, pair_by_pair<width, 0>>(ab, cd) +
+        shuffle<width, pair_by_pair<width, 2>>(ab, cd));
     __builtin_memcpy(&sums, &all, sizeof(sums));
     return;
   }

@@ -107,14 +107,12 @@ static inline void with_length(int n, const F& f) {
   if (n % width == 0) {
     return f(Length<whole_vectors>{});
   }
-  if constexpr (!has_masks) { // else one vector does
-    if (n == 3) { // a coloured image
-      return f(Length<3>{});
-    }
-    if constexpr (width > 4) {
-      if (n == 4) {
-        return f(Length<4>{});
-      }
+  if (n == 3) { // a coloured image
+    return f(Length<3>{});
+  }
+  if constexpr (width > 4) {
+    if (n == 4) {
+      return f(Length<4>{});
     }
   }
   f(Length<any_length>{});

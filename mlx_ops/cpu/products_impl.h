@@ -2,6 +2,7 @@
 // kernels they keep the standard library's inline functions out.
 
 #include "mlx_ops/cpu/products.h"
+#include "mlx_ops/cpu/shuffles.h"
 #include "mlx_ops/cpu/vector.h"
 
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
@@ -17,7 +18,7 @@ constexpr int strip_rows = MLX_DEFORM_VECTOR_BYTES == 64 ? 12
 constexpr int panel_vectors = MLX_DEFORM_VECTOR_BYTES == 16 ? 3 : 2;
 
 template <typename R>
-constexpr int panel_width = panel_vectors* VectorOf<R>::width;
+constexpr int panel_width = panel_vectors * VectorOf<R>::width;
 
 // Which factor is packed: a into strips, [k][strip_rows], or b into panels,
 // [k][panel_width]. The rows of the other lie `stride` apart.
@@ -239,6 +240,58 @@ void pack_pieces(
   }
 }
 
+#if MLX_DEFORM_HAS_SHUFFLES
+// The lanes of two vectors by turns, from `first` on.
+template <int width, int first>
+constexpr int interleaved(int i) {
+  return first + i / 2 + i % 2 * width;
+}
+
+// Rows to columns, in as many rounds as a row's halves have halves.
+template <typename R>
+static inline void transpose(Vector<R> (&v)[VectorOf<R>::width]) {
+  constexpr int width = VectorOf<R>::width;
+  constexpr int half = width / 2;
+  MLX_DEFORM_UNROLL(4)
+  for (int round = 1; round < width; round *= 2) {
+    Vector<R> to[width];
+    MLX_DEFORM_UNROLL(8)
+    for (int i = 0; i < half; ++i) {
+      to[2 * i] = shuffle<width, interleaved<width, 0>>(v[i], v[i + half]);
+      to[2 * i + 1] =
+          shuffle<width, interleaved<width, half>>(v[i], v[i + half]);
+    }
+    __builtin_memcpy(&v, &to, sizeof(v));
+  }
+}
+#endif
+
+// pack() for a whole panel of columns that are contiguous: a vector of each at
+// a time, for columns some powers of two apart push each other out of the
+// cache. Returns how many of their elements are done.
+template <typename R>
+int64_t pack_contiguous(const R* b, int64_t column_step, int64_t k, R* packed) {
+  int64_t i = 0;
+#if MLX_DEFORM_HAS_SHUFFLES
+  constexpr int width = VectorOf<R>::width;
+  for (; i + width <= k; i += width) {
+    for (int j = 0; j < panel_width<R>; j += width) {
+      Vector<R> v[width];
+      MLX_DEFORM_UNROLL(16)
+      for (int q = 0; q < width; ++q) {
+        v[q] = load(b + (j + q) * column_step + i);
+      }
+      transpose<R>(v);
+      MLX_DEFORM_UNROLL(16)
+      for (int q = 0; q < width; ++q) {
+        store(packed + (i + q) * panel_width<R> + j, v[q]);
+      }
+    }
+  }
+#endif
+  return i;
+}
+
 template <typename R>
 void pack(
     const R* b,
@@ -247,7 +300,20 @@ void pack(
     int64_t k,
     int64_t n,
     R* packed) {
-  pack_pieces<panel_width<R>>(b, row_step, column_step, k, n, packed);
+  constexpr int panel = panel_width<R>;
+  for (int64_t j = 0; j < n; j += panel, packed += k * panel) {
+    const R* from = b + j * column_step;
+    const int64_t done = row_step == 1 && n - j >= panel
+        ? pack_contiguous(from, column_step, k, packed)
+        : 0;
+    pack_pieces<panel>(
+        from + done * row_step,
+        row_step,
+        column_step,
+        k - done,
+        columns_left<R>(n, j),
+        packed + done * panel);
+  }
 }
 
 template <typename R>

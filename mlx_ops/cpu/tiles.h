@@ -169,12 +169,15 @@ inline std::vector<ColumnRange> column_ranges(
 }
 
 // Pixels of one tile: large enough for an efficient product, small enough that
-// small maps still make a few tiles; all but the last are of one size, whole
-// steps of what a product takes at once.
+// small maps still make a few tiles; all but the last are of one size. Where
+// they are many, whole steps of what a product takes at once; a few are left of
+// equal size, for no core to wait.
 inline int64_t pixels_per_tile(int64_t pixels, int64_t most, int64_t step = 1) {
+  constexpr int64_t few = 4;
   most = std::clamp<int64_t>(round_up(ceil_div(pixels, 16), 16), 32, most);
-  return pixels == 0 ? most
-                     : round_up(ceil_div(pixels, ceil_div(pixels, most)), step);
+  const int64_t tiles = ceil_div(pixels, most);
+  return tiles == 0 ? most
+                    : round_up(ceil_div(pixels, tiles), tiles < few ? 1 : step);
 }
 
 template <typename R>

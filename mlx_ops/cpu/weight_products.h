@@ -254,17 +254,20 @@ class ForwardProduct {
 
   const R* pack(ThreadPool::Session& session) const {
     R* packed = session.packed_weight().get<R>(shape_.groups * packed_group());
+    constexpr int64_t piece = 512; // elements of an output channel
     const int64_t panels = ceil_div(shape_.out, own_->panel);
-    session.run(shape_.groups * panels, [&](int64_t i, Worker&) {
-      const int64_t g = i / panels;
-      const int64_t o = i % panels * own_->panel;
+    const int64_t pieces = ceil_div(shape_.row, piece);
+    session.run(shape_.groups * panels * pieces, [&](int64_t i, Worker&) {
+      const int64_t g = i / pieces / panels;
+      const int64_t o = i / pieces % panels * own_->panel;
+      const int64_t at = i % pieces * piece;
       own_->pack(
-          weight_ + (g * shape_.out + o) * shape_.row,
+          weight_ + (g * shape_.out + o) * shape_.row + at,
           1,
           shape_.row,
-          shape_.row,
+          std::min(piece, shape_.row - at),
           std::min<int64_t>(own_->panel, shape_.out - o),
-          packed + g * packed_group() + o * shape_.row);
+          packed + g * packed_group() + o * shape_.row + at * own_->panel);
     });
     return packed;
   }
