@@ -78,4 +78,10 @@ Isa isa() {
   return chosen;
 }
 
+Isa isa_for_rows(int64_t bytes) {
+  constexpr int64_t vector = 64, short_row = 4 * vector;
+  const bool half_empty = bytes % vector == vector / 2 && bytes < short_row;
+  return isa() == Isa::avx512 && half_empty ? Isa::avx2 : isa();
+}
+
 } // namespace mlx_deform::cpu

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,11 @@ enum class Isa { baseline, avx2, avx512 };
 // std::invalid_argument where that is none of this machine's.
 Isa isa();
 
+// The one for rows of so many bytes. Where AVX-512 would leave half a vector
+// empty, AVX2 takes short rows whole: a masked store costs more than twice an
+// ordinary one, since what it wrote can't be loaded again at once.
+Isa isa_for_rows(int64_t bytes);
+
 // As MLX_DEFORM_ISA names them.
 std::string isa_name(Isa isa);
 
@@ -23,12 +29,15 @@ std::vector<Isa> isas();
 
 } // namespace mlx_deform::cpu
 
-// `table` of the namespace of the chosen instruction set.
+// `table` of an instruction set's namespace.
 #if defined(__x86_64__)
-#define MLX_DEFORM_CHOOSE(table)                               \
-  (isa() == ::mlx_deform::cpu::Isa::avx512     ? avx512::table \
-       : isa() == ::mlx_deform::cpu::Isa::avx2 ? avx2::table   \
+#define MLX_DEFORM_TABLE(isa, table)                           \
+  ((isa) == ::mlx_deform::cpu::Isa::avx512     ? avx512::table \
+       : (isa) == ::mlx_deform::cpu::Isa::avx2 ? avx2::table   \
                                                : baseline::table)
 #else
-#define MLX_DEFORM_CHOOSE(table) (baseline::table)
+#define MLX_DEFORM_TABLE(isa, table) (baseline::table)
 #endif
+// That of the chosen one.
+#define MLX_DEFORM_CHOOSE(table) \
+  MLX_DEFORM_TABLE(::mlx_deform::cpu::isa(), table)

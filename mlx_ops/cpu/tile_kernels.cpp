@@ -41,20 +41,24 @@ DECLARE_PRODUCTS(baseline)
 #endif
 
 template <>
-const TileKernels<float, float>& tile_kernels() {
-  return MLX_DEFORM_CHOOSE(kernels_float32);
+const TileKernels<float, float>& tile_kernels(int channels) {
+  return MLX_DEFORM_TABLE(
+      isa_for_rows(channels * sizeof(float)), kernels_float32);
 }
 template <>
-const TileKernels<double, double>& tile_kernels() {
-  return MLX_DEFORM_CHOOSE(kernels_float64);
+const TileKernels<double, double>& tile_kernels(int channels) {
+  return MLX_DEFORM_TABLE(
+      isa_for_rows(channels * sizeof(double)), kernels_float64);
 }
 template <>
-const TileKernels<Float16, float>& tile_kernels() {
-  return MLX_DEFORM_CHOOSE(kernels_float16);
+const TileKernels<Float16, float>& tile_kernels(int channels) {
+  return MLX_DEFORM_TABLE(
+      isa_for_rows(channels * sizeof(float)), kernels_float16);
 }
 template <>
-const TileKernels<BFloat16, float>& tile_kernels() {
-  return MLX_DEFORM_CHOOSE(kernels_bfloat16);
+const TileKernels<BFloat16, float>& tile_kernels(int channels) {
+  return MLX_DEFORM_TABLE(
+      isa_for_rows(channels * sizeof(float)), kernels_bfloat16);
 }
 
 template <>

@@ -183,8 +183,8 @@ struct TileKernels {
   void (*from_compute)(const R* from, T* to, int64_t n);
 };
 
-// The kernels for this machine.
+// The kernels for this machine and offset groups of so many channels.
 template <typename T, typename R>
-const TileKernels<T, R>& tile_kernels();
+const TileKernels<T, R>& tile_kernels(int channels = 0);
 
 } // namespace mlx_deform::cpu

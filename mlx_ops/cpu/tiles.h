@@ -52,7 +52,7 @@ struct Source {
         offset(offset.data<R>()),
         mask(mask ? mask->data<R>() : nullptr),
         zeros(p.C, T{}),
-        kernels(tile_kernels<T, R>()) {}
+        kernels(tile_kernels<T, R>(p.C / p.DG)) {}
 
   int taps() const {
     return params.kH * params.kW;
