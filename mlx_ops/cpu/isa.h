@@ -17,8 +17,8 @@ enum class Isa { baseline, avx2, avx512 };
 Isa isa();
 
 // The one for rows of so many bytes. Where AVX-512 would leave half a vector
-// empty, AVX2 takes short rows whole: a masked store costs more than twice an
-// ordinary one, since what it wrote can't be loaded again at once.
+// empty, short rows are AVX2's, which fill its vectors: on Zen 4 the gradients
+// of 8 channels then take three quarters of the time, of 72 as much.
 Isa isa_for_rows(int64_t bytes);
 
 // As MLX_DEFORM_ISA names them.

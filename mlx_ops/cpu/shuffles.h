@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include <utility>
+#include <utility> // of which only a type is used: see tile_kernels.h
 
 #include "mlx_ops/cpu/vector.h"
 

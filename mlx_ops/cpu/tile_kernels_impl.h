@@ -212,19 +212,16 @@ corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
   constexpr int width = VectorOf<R>::width;
   constexpr bool has_vectors = length <= 0 || length >= width;
   constexpr bool has_last = length == any_length || length % width > 0;
-  constexpr bool two_sums = length <= 0 || length >= 2 * width;
   // Two sums each, for the next addition not to wait for the last.
   Vector<R> s[4]{}, t[4]{};
   int q = 0;
-  if constexpr (two_sums) {
-    MLX_DEFORM_UNROLL(4)
-    for (; q + 2 * width <= n; q += 2 * width) {
-      const Vector<R> g = load(grad + q);
-      const Vector<R> h = load(grad + q + width);
-      for (int i = 0; i < 4; ++i) {
-        s[i] += g * load(from.p[i] + q);
-        t[i] += h * load(from.p[i] + q + width);
-      }
+  MLX_DEFORM_UNROLL(4)
+  for (; q + 2 * width <= n; q += 2 * width) {
+    const Vector<R> g = load(grad + q);
+    const Vector<R> h = load(grad + q + width);
+    for (int i = 0; i < 4; ++i) {
+      s[i] += g * load(from.p[i] + q);
+      t[i] += h * load(from.p[i] + q + width);
     }
   }
   if (q + width <= n) {
@@ -248,7 +245,7 @@ corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
     });
   }
   if constexpr (has_vectors || has_masks) {
-    for (int i = 0; two_sums && i < 4; ++i) {
+    for (int i = 0; i < 4; ++i) {
       s[i] += t[i];
     }
     lane_sums<R>(s, sums);
