@@ -8,6 +8,21 @@
 
 namespace mlx_deform::cpu {
 
+// c (m x n) = a (m x k) * b (k x n) + (accumulate ? c : 0), for a packed b.
+template <typename R>
+struct PackedProduct {
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  const R* a;
+  int64_t lda;
+  const R* packed; // the first of the k rows in the first panel
+  int64_t panel_stride; // between the panels
+  R* c;
+  int64_t ldc;
+  bool accumulate;
+};
+
 template <typename R>
 struct Products {
   int panel; // columns of a packed panel
@@ -23,20 +38,7 @@ struct Products {
       int64_t n,
       R* packed);
 
-  // c (m x n) = a (m x k) * b (k x n) + (accumulate ? c : 0). `packed` points
-  // to the first of the k rows in the first panel, panels are panel_stride
-  // apart.
-  void (*multiply)(
-      int64_t m,
-      int64_t n,
-      int64_t k,
-      const R* a,
-      int64_t lda,
-      const R* packed,
-      int64_t panel_stride,
-      R* c,
-      int64_t ldc,
-      bool accumulate);
+  void (*multiply)(const PackedProduct<R>& product);
 
   // Packs a (k x m), rows lda apart, into [strips][k][strip], filled up with
   // zeros: where rows lie a power of two apart they push each other out of the

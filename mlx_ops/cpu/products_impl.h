@@ -1,6 +1,8 @@
 // Bodies of the products, included as tile_kernels_impl.h is; like the tile
 // kernels they keep the standard library's inline functions out.
 
+#pragma once
+
 #include "mlx_ops/cpu/products.h"
 #include "mlx_ops/cpu/shuffles.h"
 #include "mlx_ops/cpu/vector.h"
@@ -24,23 +26,105 @@ constexpr int panel_width = panel_vectors * VectorOf<R>::width;
 // [k][panel_width]. The rows of the other lie `stride` apart.
 enum class Packed { a, b };
 
-// A tile of c, `rows` by the first `vectors` of a panel.
-template <int rows, int vectors, Packed packed, typename R>
-void tile(
+// Where a tile is in its factors: at a step, of which each takes `rows`
+// elements of a, one of each row, and a row of b.
+template <int rows, Packed packed, typename R>
+struct Walk {
+  static constexpr bool strips = packed == Packed::a;
+  // A pointer to every third row, from which the others lie so many elements
+  // beyond: one for each row would take all registers there are.
+  static constexpr int rows_each = strips ? rows : 3;
+  static constexpr int pointers = (rows + rows_each - 1) / rows_each;
+  static constexpr int strides = strips ? 1 : 2;
+
+  const R* a[pointers];
+  const R* b;
+  int64_t beyond[strides];
+
+  Walk(const R* first_a, const R* first_b, int64_t stride) : b(first_b) {
+    MLX_DEFORM_UNROLL(4)
+    for (int i = 0; i < pointers; ++i) {
+      a[i] = first_a + i * rows_each * stride;
+    }
+    MLX_DEFORM_UNROLL(2)
+    for (int i = 0; i < strides; ++i) {
+      beyond[i] = (i + 1) * stride;
+    }
+  }
+
+  MLX_DEFORM_INLINE R element(int row, int step) const {
+    const R* from = a[row / rows_each];
+    const int i = row % rows_each;
+    return strips ? from[step * strip_rows + i]
+        : i == 0  ? from[step]
+                  : from[beyond[i - 1] + step];
+  }
+  MLX_DEFORM_INLINE const R* row(int step) const {
+    return b + step * (strips ? beyond[0] : panel_width<R>);
+  }
+
+  MLX_DEFORM_INLINE void advance(int steps) {
+    b = row(steps);
+    MLX_DEFORM_UNROLL(4)
+    for (int i = 0; i < pointers; ++i) {
+      a[i] += steps * (strips ? strip_rows : 1);
+      __asm__("" : "+r"(a[i])); // else the compiler adds pointers of its own
+    }
+  }
+
+  // In memory, for all registers to be free. The compiler itself would put some
+  // into vectors, whose way back is as long as the queue of sums.
+  struct Kept {
+    const R* volatile a[pointers];
+    const R* volatile b;
+    volatile int64_t beyond[strides];
+  };
+  MLX_DEFORM_INLINE void keep(Kept& kept) const {
+    MLX_DEFORM_UNROLL(4)
+    for (int i = 0; i < pointers; ++i) {
+      kept.a[i] = a[i];
+    }
+    kept.b = b;
+    MLX_DEFORM_UNROLL(2)
+    for (int i = 0; i < strides; ++i) {
+      kept.beyond[i] = beyond[i];
+    }
+  }
+  MLX_DEFORM_INLINE void take_back(const Kept& kept) {
+    MLX_DEFORM_UNROLL(4)
+    for (int i = 0; i < pointers; ++i) {
+      a[i] = kept.a[i];
+    }
+    b = kept.b;
+    MLX_DEFORM_UNROLL(2)
+    for (int i = 0; i < strides; ++i) {
+      beyond[i] = kept.beyond[i];
+    }
+  }
+};
+
+// A tile of c, `rows` by the first `vectors` of a panel. With a `pause`, calls
+// meanwhile() once in so many steps.
+template <
+    int rows,
+    int vectors,
+    Packed packed,
+    int pause,
+    typename R,
+    typename F>
+static MLX_DEFORM_INLINE void tile_beside(
     int64_t k,
     const R* a,
     const R* b,
     int64_t stride,
     R* c,
     int64_t ldc,
-    bool accumulate) {
+    bool accumulate,
+    const F& meanwhile) {
   constexpr int width = VectorOf<R>::width;
-  constexpr bool strips = packed == Packed::a;
   // Beyond these, compilers no longer keep all the sums in registers.
-  constexpr int unrolled = !strips && MLX_DEFORM_VECTOR_BYTES == 32 ? 8 : 2;
-  const int64_t row_step = strips ? 1 : stride;
-  const int64_t k_step = strips ? strip_rows : 1;
-  const int64_t ldb = strips ? stride : panel_width<R>;
+  constexpr int unrolled =
+      packed == Packed::b && MLX_DEFORM_VECTOR_BYTES == 32 ? 8 : 2;
 
   Vector<R> sum[rows][vectors];
   MLX_DEFORM_UNROLL(12)
@@ -50,35 +134,45 @@ void tile(
       sum[r][v] = accumulate ? load(c + r * ldc + v * width) : Vector<R>{};
     }
   }
-  const auto step = [&](const R* from, const R* row) {
+  using Place = Walk<rows, packed, R>;
+  Place at(a, b, stride);
+  const auto step = [&](int i) __attribute__((always_inline)) {
     Vector<R> y[vectors];
     MLX_DEFORM_UNROLL(3)
     for (int v = 0; v < vectors; ++v) {
-      y[v] = load(row + v * width);
+      y[v] = load(at.row(i) + v * width);
     }
     MLX_DEFORM_UNROLL(12)
     for (int r = 0; r < rows; ++r) {
-      const Vector<R> x =
-          from[r * row_step] - Vector<R>{}; // the same in all lanes
+      const Vector<R> x = at.element(r, i) - Vector<R>{}; // in all lanes
       MLX_DEFORM_UNROLL(3)
       for (int v = 0; v < vectors; ++v) {
         sum[r][v] += x * y[v];
       }
     }
   };
-  int64_t i = 0;
-  for (; i + unrolled <= k; i += unrolled) {
-    MLX_DEFORM_UNROLL(8)
-    for (int j = 0; j < unrolled; ++j) {
-      step(a, b);
-      a += k_step;
-      b += ldb;
+  const auto steps = [&](int64_t n) __attribute__((always_inline)) {
+    for (; n >= unrolled; n -= unrolled) {
+      MLX_DEFORM_UNROLL(8)
+      for (int i = 0; i < unrolled; ++i) {
+        step(i);
+      }
+      at.advance(unrolled);
+    }
+    return n;
+  };
+  if constexpr (pause > 0) {
+    for (; k >= pause; k -= pause) {
+      steps(pause);
+      typename Place::Kept kept;
+      at.keep(kept);
+      meanwhile();
+      at.take_back(kept);
     }
   }
-  for (; i < k; ++i) {
-    step(a, b);
-    a += k_step;
-    b += ldb;
+  for (k = steps(k); k > 0; --k) {
+    step(0);
+    at.advance(1);
   }
   MLX_DEFORM_UNROLL(12)
   for (int r = 0; r < rows; ++r) {
@@ -87,6 +181,19 @@ void tile(
       store(c + r * ldc + v * width, sum[r][v]);
     }
   }
+}
+
+template <int rows, int vectors, Packed packed, typename R>
+void tile(
+    int64_t k,
+    const R* a,
+    const R* b,
+    int64_t stride,
+    R* c,
+    int64_t ldc,
+    bool accumulate) {
+  tile_beside<rows, vectors, packed, 0>(
+      k, a, b, stride, c, ldc, accumulate, [] {});
 }
 
 template <typename R>
@@ -182,22 +289,60 @@ void panel_of_c(
 }
 
 template <typename R>
-void multiply(
-    int64_t m,
-    int64_t n,
-    int64_t k,
-    const R* a,
-    int64_t lda,
-    const R* packed,
-    int64_t panel_stride,
-    R* c,
-    int64_t ldc,
-    bool accumulate) {
-  for (int64_t j = 0; j < n; j += panel_width<R>) {
-    const R* b = packed + j / panel_width<R> * panel_stride;
-    const int columns = columns_left<R>(n, j);
-    panel_of_c<Packed::b>(m, columns, k, a, b, lda, c + j, ldc, accumulate);
+void multiply(const PackedProduct<R>& p) {
+  for (int64_t j = 0; j < p.n; j += panel_width<R>) {
+    panel_of_c<Packed::b>(
+        p.m,
+        columns_left<R>(p.n, j),
+        p.k,
+        p.a,
+        p.packed + j / panel_width<R> * p.panel_stride,
+        p.lda,
+        p.c + j,
+        p.ldc,
+        p.accumulate);
   }
+}
+
+// How often multiply_beside() calls meanwhile().
+constexpr int steps_between = 8;
+template <typename R>
+int64_t pauses(const PackedProduct<R>& p) {
+  return p.m / strip_rows * (p.n / panel_width<R>)*(p.k / steps_between);
+}
+
+// multiply(), and meanwhile() every few steps. That must be inlined: a call
+// would spill the sums of a tile.
+template <typename R, typename F>
+static MLX_DEFORM_INLINE void multiply_beside(
+    const PackedProduct<R>& p,
+    const F& meanwhile) {
+  const int64_t rows = p.m / strip_rows * strip_rows;
+  const int64_t columns = p.n / panel_width<R> * panel_width<R>;
+  for (int64_t r = 0; r < rows; r += strip_rows) {
+    for (int64_t j = 0; j < columns; j += panel_width<R>) {
+      tile_beside<strip_rows, panel_vectors, Packed::b, steps_between>(
+          p.k,
+          p.a + r * p.lda,
+          p.packed + j / panel_width<R> * p.panel_stride,
+          p.lda,
+          p.c + r * p.ldc + j,
+          p.ldc,
+          p.accumulate,
+          meanwhile);
+    }
+  }
+  // What is left to the right of these tiles, and below.
+  PackedProduct<R> right = p, below = p;
+  right.m = rows;
+  right.n -= columns;
+  right.packed += columns / panel_width<R> * p.panel_stride;
+  right.c += columns;
+  multiply(right);
+  below.m -= rows;
+  below.a += rows * p.lda;
+  below.c += rows * p.ldc;
+  multiply(below);
 }
 
 template <typename R>

@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include "mlx_ops/cpu/products.h"
 #include "mlx_ops/deform_conv2d/params.h"
 #include "mlx_ops/sampling.h"
 
@@ -126,6 +127,18 @@ offset_groups(const DeformConv2dParams& p, int channel_begin, int channel_end) {
   return {channel_begin / width, (channel_end + width - 1) / width};
 }
 
+// The columns of a block's pixels, taps and channels, all counted from the
+// block's first: data[pixel * pixel_stride + tap * tap_stride + channel].
+template <typename R>
+struct Columns {
+  Block block;
+  Block planned; // by the samples; the block is part of it
+  const SampleBlock<R>* samples;
+  R* data;
+  int64_t pixel_stride;
+  int64_t tap_stride;
+};
+
 // T is the type of image, output and cotangent; R the type of everything else:
 // offsets, masks, columns and sums (float for halves).
 template <typename T, typename R>
@@ -139,19 +152,21 @@ struct TileKernels {
       const R* mask, // [N * Ho * Wo][DG][kH * kW], or null
       SampleBlock<R>* samples);
 
-  // columns[p * pixel_stride + k * tap_stride + c] for the block's pixels, taps
-  // and channels, all counted from the block's first. `samples` are those of
-  // `planned`, which the block is part of.
   void (*sample)(
       const DeformConv2dParams& params,
-      const Block& block,
-      const Block& planned,
-      const SampleBlock<R>* samples,
       const T* input, // [N][H][W][C]
       const T* zeros, // C zeros, read in place of corners outside the image
-      R* columns,
-      int64_t pixel_stride,
-      int64_t tap_stride);
+      const Columns<R>& columns);
+
+  // Both sample() and this machine's multiply(), of other columns, at once: the
+  // product's arithmetic hides the sampling's loads. Null where that gains
+  // nothing.
+  void (*sample_beside)(
+      const DeformConv2dParams& params,
+      const T* input,
+      const T* zeros,
+      const Columns<R>& columns,
+      const PackedProduct<R>& product);
 
   // From the cotangent of the block's columns: the gradient of offset and mask,
   // summed over the channels of each offset group. The block spans all

@@ -5,159 +5,14 @@
 #include "mlx_ops/cpu/lane_sums.h"
 #include "mlx_ops/cpu/lanes.h"
 #include "mlx_ops/cpu/plan_impl.h"
+#include "mlx_ops/cpu/sample_beside_impl.h"
+#include "mlx_ops/cpu/sampling_impl.h"
 #include "mlx_ops/cpu/tile_kernels.h"
 #include "mlx_ops/cpu/vector.h"
 
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
-
-// Element offsets of a cell's corners from the upper left one.
-struct CornerSteps {
-  int64_t right;
-  int64_t down;
-
-  explicit CornerSteps(const DeformConv2dParams& p)
-      : right(p.C), down(int64_t(p.W) * p.C) {}
-
-  int64_t to(int corner) const {
-    return (corner & 1 ? right : 0) + (corner & 2 ? down : 0);
-  }
-};
-
-// The four corners of a sample, from some channel on.
-template <typename T>
-struct Corners {
-  const T* p[4];
-
-  template <typename R>
-  Corners(
-      const Sample<R>& s,
-      const CornerSteps& steps,
-      const T* input,
-      const T* zeros,
-      int channel) {
-    const T* first = input + s.at() + channel;
-    p[0] = first;
-    p[1] = first + steps.right;
-    p[2] = first + steps.down;
-    p[3] = first + steps.down + steps.right;
-    for (int i = 0; i < 4; ++i) {
-      p[i] = s.has_corner(i) ? p[i] : zeros + channel;
-    }
-  }
-};
-
-// A mask that is no part of the weights.
-template <typename R>
-[[gnu::noinline, gnu::cold]] void multiply_by(R mask, int n, R* out) {
-  for (int q = 0; q < n; ++q) {
-    out[q] *= mask;
-  }
-}
-
-// One sample at n channels from c on.
-template <int length, typename T, typename R>
-static inline void sample_row(
-    const Sample<R>& s,
-    const CornerSteps& steps,
-    const T* input,
-    const T* zeros,
-    int c,
-    int n,
-    R* out) {
-  const Corners<T> from(s, steps, input, zeros, c);
-  const T *p0 = from.p[0], *p1 = from.p[1], *p2 = from.p[2], *p3 = from.p[3];
-  const R w0 = s.weight(0), w1 = s.weight(1);
-  const R w2 = s.weight(2), w3 = s.weight(3);
-  for_lanes<R, length>(n, [&](auto lanes, int q) {
-    lanes.store_to(
-        out + q,
-        w0 * lanes.load_from(p0 + q) + w1 * lanes.load_from(p1 + q) +
-            w2 * lanes.load_from(p2 + q) + w3 * lanes.load_from(p3 + q));
-  });
-  if (s.mask_is_apart()) {
-    multiply_by(s.mask(), n, out);
-  }
-}
-
-template <int length, typename T, typename R>
-void sample_rows(
-    const DeformConv2dParams& params,
-    const Block& block,
-    const Block& planned,
-    const SampleBlock<R>* samples,
-    const T* input,
-    const T* zeros,
-    R* columns,
-    int64_t pixel_stride,
-    int64_t tap_stride) {
-  const GroupRange groups =
-      offset_groups(params, block.channel_begin, block.channel_end);
-  const int group_width = params.C / params.DG;
-  const CornerSteps steps(params);
-
-  const GroupRange planned_groups =
-      offset_groups(params, planned.channel_begin, planned.channel_end);
-  const int64_t pixels = block.pixels();
-  const int taps = block.taps();
-  for (int64_t p = 0; p < pixels; ++p) {
-    const int64_t planned_before =
-        (block.pixel_begin - planned.pixel_begin + p) * planned_groups.count() -
-        planned_groups.first;
-    R* out = columns + p * pixel_stride;
-    int c = block.channel_begin;
-    for (int dg = groups.first; dg < groups.last; ++dg) {
-      const int group_end = (dg + 1) * group_width;
-      const int end =
-          group_end < block.channel_end ? group_end : block.channel_end;
-      const int n = length_of<length>(end - c);
-      Sample<R> s(
-          samples,
-          (planned_before + dg) * planned.taps() + block.tap_begin -
-              planned.tap_begin);
-      for (int k = 0; k < taps; ++k, s.advance()) {
-        sample_row<length>(s, steps, input, zeros, c, n, out + k * tap_stride);
-      }
-      out += n;
-      c += n;
-    }
-  }
-}
-
-template <typename T, typename R>
-void sample(
-    const DeformConv2dParams& params,
-    const Block& block,
-    const Block& planned,
-    const SampleBlock<R>* samples,
-    const T* input,
-    const T* zeros,
-    R* columns,
-    int64_t pixel_stride,
-    int64_t tap_stride) {
-  const GroupRange groups =
-      offset_groups(params, block.channel_begin, block.channel_end);
-  const int group_width = params.C / params.DG;
-  const bool whole_groups = block.channel_begin % group_width == 0 &&
-      block.channel_end % group_width == 0;
-  constexpr int unlike = 1; // rows of several lengths: a block cuts its groups
-  const int n = groups.count() == 1 ? block.channels()
-      : whole_groups                ? group_width
-                                    : unlike;
-  with_length<R>(n, [&](auto length) {
-    sample_rows<length.value, T, R>(
-        params,
-        block,
-        planned,
-        samples,
-        input,
-        zeros,
-        columns,
-        pixel_stride,
-        tap_stride);
-  });
-}
 
 // The gradients of a block of samples' offsets and masks, side by side for the
 // compiler to vectorise. They are combinations of four numbers: the cotangent
@@ -425,6 +280,7 @@ template <typename T, typename R>
 constexpr TileKernels<T, R> table{
     plan<R>,
     sample<T, R>,
+    sample_beside_or_null<T, R>,
     offset_grad<T, R>,
     scatter<R>,
     to_compute<T, R>,

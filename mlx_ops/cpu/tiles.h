@@ -72,11 +72,20 @@ struct Source {
     return offset_groups(params, block.channel_begin, block.channel_end);
   }
 
-  // The plan of the block's samples, in the worker's memory.
-  const SampleBlock<R>* plan(const Block& block, Worker& worker) const {
-    auto* samples = worker.samples.get<SampleBlock<R>>(SampleBlock<R>::blocks(
-        block.pixels() * block.taps() * groups(block).count()));
+  // The plan of the block's samples takes so many blocks.
+  int64_t sample_blocks(const Block& block) const {
+    return SampleBlock<R>::blocks(
+        block.pixels() * block.taps() * groups(block).count());
+  }
+
+  void plan(const Block& block, SampleBlock<R>* samples) const {
     kernels.plan(params, block, offset, mask, samples);
+  }
+
+  // In the worker's memory.
+  const SampleBlock<R>* plan(const Block& block, Worker& worker) const {
+    auto* samples = worker.samples.get<SampleBlock<R>>(sample_blocks(block));
+    plan(block, samples);
     return samples;
   }
 
@@ -87,29 +96,13 @@ struct Source {
       const SampleBlock<R>* samples,
       int64_t pixel_stride,
       Worker& worker) const {
-    R* columns = worker.columns.get<R>((block.pixels() + 1) * pixel_stride);
-    sample_to(block, block, samples, columns, pixel_stride, block.channels());
-    return columns;
+    R* data = worker.columns.get<R>((block.pixels() + 1) * pixel_stride);
+    sample({block, block, samples, data, pixel_stride, block.channels()});
+    return data;
   }
 
-  // From the samples of a block that this one is part of.
-  void sample_to(
-      const Block& block,
-      const Block& planned,
-      const SampleBlock<R>* samples,
-      R* columns,
-      int64_t pixel_stride,
-      int64_t tap_stride) const {
-    kernels.sample(
-        params,
-        block,
-        planned,
-        samples,
-        input,
-        zeros.data(),
-        columns,
-        pixel_stride,
-        tap_stride);
+  void sample(const Columns<R>& columns) const {
+    kernels.sample(params, input, zeros.data(), columns);
   }
 };
 

@@ -19,6 +19,8 @@
 #define MLX_DEFORM_UNROLL(n) MLX_DEFORM_PRAGMA(GCC unroll n)
 #endif
 
+#define MLX_DEFORM_INLINE __attribute__((always_inline)) inline
+
 namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {

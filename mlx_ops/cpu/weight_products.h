@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "mlx_ops/cpu/depthwise.h"
 #include "mlx_ops/cpu/gemm.h"
@@ -177,18 +178,61 @@ class ForwardProduct {
     return own_ ? block_width + block_width / 4 : block_width;
   }
 
+  // Whether some columns are multiplied while the next are sampled.
+  template <typename T>
+  bool overlaps(const TileKernels<T, R>& kernels) const {
+    return own_ && kernels.sample_beside && shape_.in >= channel_step &&
+        shape_.out >= own_->panel;
+  }
+
   // How many pixels to sample between two products: so few that their columns
   // stay close, yet enough to use a panel of the weight a few times; BLAS wants
   // a whole tile.
-  int64_t pixels_at_once(int64_t tile) const {
+  template <typename T>
+  int64_t pixels_at_once(const TileKernels<T, R>& kernels, int64_t tile) const {
     return shape_.depthwise() ? depthwise_pixels
+        : overlaps(kernels)   ? own_->strip
         : own_                ? 8 * own_->strip
                               : tile;
   }
 
-  // Adds to the rows (O) of the block's pixels, or sets them where nothing came
-  // before: no bias, no other block of the same columns' group.
+  // Adds to the rows (O) of the columns' pixels, or sets them where nothing
+  // came before: no bias, no other block of the same columns' group. Then, or
+  // meanwhile, samples the next columns, if any.
+  template <typename T>
   void add(
+      const Source<T, R>& source,
+      const Columns<R>& columns,
+      R* rows,
+      bool has_bias,
+      const std::optional<Columns<R>>& next,
+      Worker& worker) const {
+    if (next && overlaps(source.kernels)) {
+      source.kernels.sample_beside(
+          params_,
+          source.input,
+          source.zeros.data(),
+          *next,
+          product(
+              columns.block,
+              columns.block.channel_begin / shape_.in,
+              columns.data,
+              columns.block.width(),
+              columns.pixel_stride,
+              rows,
+              has_bias));
+      return;
+    }
+    multiply(columns.block, columns.data, rows, has_bias, worker);
+    if (next) {
+      source.sample(*next);
+    }
+  }
+
+ private:
+  static constexpr int64_t depthwise_pixels = 16;
+
+  void multiply(
       const Block& block,
       const R* columns,
       R* rows,
@@ -212,41 +256,51 @@ class ForwardProduct {
         block.width(),
         worker,
         [&](int g, const R* part, int64_t width, int64_t stride) {
-          const int64_t at = shape_.column(block, g);
-          const bool accumulate = has_bias || at != 0;
-          R* c = rows + g * shape_.out;
           if (own_) {
             own_->multiply(
-                block.pixels(),
-                shape_.out,
-                width,
-                part,
-                stride,
-                weight_ + g * packed_group() + at * own_->panel,
-                shape_.row * own_->panel,
-                c,
-                params_.O,
-                accumulate);
-          } else {
-            gemm<R>(
-                Transpose::no,
-                Transpose::yes,
-                block.pixels(),
-                shape_.out,
-                width,
-                part,
-                stride,
-                weight_ + g * shape_.out * shape_.row + at,
-                shape_.row,
-                accumulate ? R(1) : R(0),
-                c,
-                params_.O);
+                product(block, g, part, width, stride, rows, has_bias));
+            return;
           }
+          const int64_t at = shape_.column(block, g);
+          gemm<R>(
+              Transpose::no,
+              Transpose::yes,
+              block.pixels(),
+              shape_.out,
+              width,
+              part,
+              stride,
+              weight_ + g * shape_.out * shape_.row + at,
+              shape_.row,
+              has_bias || at != 0 ? R(1) : R(0),
+              rows + g * shape_.out,
+              params_.O);
         });
   }
 
- private:
-  static constexpr int64_t depthwise_pixels = 16;
+  // Of our own: `width` columns of weight group g, whose pixels lie `stride`
+  // apart.
+  PackedProduct<R> product(
+      const Block& block,
+      int g,
+      const R* columns,
+      int64_t width,
+      int64_t stride,
+      R* rows,
+      bool has_bias) const {
+    const int64_t at = shape_.column(block, g);
+    return {
+        block.pixels(),
+        shape_.out,
+        width,
+        columns,
+        stride,
+        weight_ + g * packed_group() + at * own_->panel,
+        shape_.row * own_->panel,
+        rows + g * shape_.out,
+        params_.O,
+        has_bias || at != 0};
+  }
 
   int64_t packed_group() const {
     return own_->packed_size(shape_.row, shape_.out);
@@ -387,16 +441,16 @@ class ColumnCotangentProduct {
       for (int g = 0; g < shape_.groups; ++g) {
         for (int k = block.tap_begin; k < block.tap_end; ++k) {
           own_->multiply(
-              block.pixels(),
-              shape_.in,
-              shape_.out,
-              rows + g * shape_.out,
-              params_.O,
-              weight_ + (int64_t(g) * shape_.taps + k) * packed_tap(),
-              int64_t(shape_.out) * own_->panel,
-              out + int64_t(k - block.tap_begin) * params_.C + g * shape_.in,
-              block.width(),
-              false);
+              {block.pixels(),
+               shape_.in,
+               shape_.out,
+               rows + g * shape_.out,
+               params_.O,
+               weight_ + (int64_t(g) * shape_.taps + k) * packed_tap(),
+               int64_t(shape_.out) * own_->panel,
+               out + int64_t(k - block.tap_begin) * params_.C + g * shape_.in,
+               block.width(),
+               false});
         }
       }
     } else {

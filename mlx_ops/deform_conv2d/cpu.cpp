@@ -3,6 +3,7 @@
 
 #include "mlx_ops/deform_conv2d/op.h"
 
+#include <optional>
 #include <type_traits>
 
 #include "mlx/backend/cpu/encoder.h"
@@ -41,6 +42,94 @@ const R* cotangent_rows(
   }
 }
 
+// The columns of a tile, strip by strip of its pixels, range after range. Each
+// is planned, with some that follow, but not sampled.
+template <typename T, typename R>
+class Strips {
+ public:
+  // With `turns`, two buffers take turns: a strip's columns stay until the next
+  // but one, for that to be sampled while this one is multiplied.
+  Strips(
+      const Source<T, R>& source,
+      const std::vector<ColumnRange>& ranges,
+      int64_t begin,
+      int64_t end,
+      int64_t strip,
+      bool turns,
+      Worker& worker)
+      : source_(source),
+        ranges_(ranges),
+        begin_(begin),
+        end_(end),
+        strip_(strip),
+        at_(begin),
+        planned_{},
+        turns_(turns) {
+    for (const ColumnRange& range : ranges) {
+      columns_room_ = std::max(columns_room_, strip * range.at(0, 1).width());
+      plan_room_ =
+          std::max(plan_room_, source.sample_blocks(planned_with(range)));
+    }
+    const int64_t buffers = turns ? 2 : 1;
+    columns_ = worker.columns.get<R>(buffers * columns_room_);
+    plans_ = worker.samples.get<SampleBlock<R>>(buffers * plan_room_);
+  }
+
+  // The next one; none behind the last.
+  std::optional<Columns<R>> next() {
+    if (at_ == end_) {
+      at_ = begin_;
+      ++range_;
+    }
+    if (range_ == ranges_.size()) {
+      return std::nullopt;
+    }
+    const ColumnRange& range = ranges_[range_];
+    if (at_ == begin_ || at_ == planned_.pixel_end) {
+      planned_ = planned_with(range);
+      plan_turn_ = turns_ - plan_turn_;
+      source_.plan(planned_, plan());
+    }
+    const Block block = range.at(at_, std::min(at_ + strip_, end_));
+    at_ = block.pixel_end;
+    columns_turn_ = turns_ - columns_turn_;
+    return Columns<R>{
+        block,
+        planned_,
+        plan(),
+        columns_ + columns_turn_ * columns_room_,
+        block.width(),
+        block.channels()};
+  }
+
+ private:
+  static constexpr int64_t samples_at_once = 1024;
+
+  SampleBlock<R>* plan() const {
+    return plans_ + plan_turn_ * plan_room_;
+  }
+
+  // What is planned together from here on.
+  Block planned_with(const ColumnRange& range) const {
+    const Block one = range.at(at_, at_ + 1);
+    const int64_t samples = strip_ * one.taps() * source_.groups(one).count();
+    const int64_t strips = std::max<int64_t>(1, samples_at_once / samples);
+    return range.at(at_, std::min(at_ + strips * strip_, end_));
+  }
+
+  const Source<T, R>& source_;
+  const std::vector<ColumnRange>& ranges_;
+  const int64_t begin_, end_, strip_;
+  size_t range_ = 0; // the next one's
+  int64_t at_;
+  Block planned_;
+  const int turns_; // 1, or 0 for a single buffer
+  int plan_turn_ = 0, columns_turn_ = 0;
+  int64_t columns_room_ = 0, plan_room_ = 0; // of one buffer
+  R* columns_;
+  SampleBlock<R>* plans_;
+};
+
 template <typename T, typename R>
 void forward(
     const Source<T, R>& source,
@@ -54,7 +143,7 @@ void forward(
       column_ranges(p, product.most_columns());
   const int64_t tile = pixels_per_tile(
       source.pixels(), product.most_pixels(), product.pixel_step());
-  const int64_t strip = product.pixels_at_once(tile);
+  const int64_t strip = product.pixels_at_once(source.kernels, tile);
 
   session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {
     const int64_t begin = i * tile;
@@ -70,13 +159,23 @@ void forward(
         std::copy_n(bias, p.O, sums + q * p.O);
       }
     }
-    for (const ColumnRange& range : ranges) {
-      for (int64_t s = begin; s < end; s += strip) {
-        const Block block = range.at(s, std::min(s + strip, end));
-        const R* columns = source.sample(
-            block, source.plan(block, worker), block.width(), worker);
-        product.add(block, columns, sums + (s - begin) * p.O, bias, worker);
-      }
+    Strips<T, R> strips(
+        source,
+        ranges,
+        begin,
+        end,
+        strip,
+        product.overlaps(source.kernels),
+        worker);
+    std::optional<Columns<R>> columns = strips.next();
+    if (columns) {
+      source.sample(*columns);
+    }
+    while (columns) {
+      const std::optional<Columns<R>> next = strips.next();
+      R* rows = sums + (columns->block.pixel_begin - begin) * p.O;
+      product.add(source, *columns, rows, bias, next, worker);
+      columns = next;
     }
     if constexpr (!std::is_same_v<T, R>) {
       source.kernels.from_compute(sums, out + begin * p.O, (end - begin) * p.O);
@@ -137,13 +236,13 @@ class WeightGrad {
       for (int64_t i = begin; i < end; ++i) {
         const Block tile = chunk.tile_at(i);
         const Block part = range.at(tile.pixel_begin, tile.pixel_end);
-        source_.sample_to(
-            part,
-            chunk.samples ? tile : part,
-            chunk.samples ? chunk.samples_of(i) : source_.plan(part, worker),
-            columns + (i - begin) * chunk.tile * stride,
-            stride,
-            block.channels());
+        source_.sample(
+            {part,
+             chunk.samples ? tile : part,
+             chunk.samples ? chunk.samples_of(i) : source_.plan(part, worker),
+             columns + (i - begin) * chunk.tile * stride,
+             stride,
+             block.channels()});
       }
       const R* rows = cotangent_rows(
           source_, cotangent_, block.pixel_begin, block.pixel_end, worker);

@@ -31,8 +31,8 @@ void im2col(const Source<T, R>& source, T* columns) {
           block.tap_begin * p.column_tap + block.channel_begin;
       const SampleBlock<R>* samples = source.plan(block, worker);
       if constexpr (std::is_same_v<T, R>) {
-        source.sample_to(
-            block, block, samples, out, p.column_pixel, p.column_tap);
+        source.sample(
+            {block, block, samples, out, p.column_pixel, p.column_tap});
       } else {
         const R* sampled = source.sample(block, samples, block.width(), worker);
         for (int64_t q = 0; q < block.pixels(); ++q) {

@@ -15,6 +15,7 @@ namespace mlx_deform::stand_in {
 namespace {
 
 using cpu::Block;
+using cpu::Columns;
 using cpu::SampleBlock;
 using cpu::Source;
 
@@ -34,8 +35,12 @@ struct OneSample {
     block.pixel_end = pixel + 1;
     block.tap_begin = tap;
     block.tap_end = tap + 1;
-    source.kernels.plan(
-        source.params, block, source.offset, source.mask, plan.data());
+    source.plan(block, plan.data());
+  }
+
+  Columns<R> columns(R* row) const {
+    const int C = block.channels();
+    return {block, block, plan.data(), row, C, C};
   }
 };
 
@@ -77,16 +82,7 @@ void im2col(
     T* columns = out.at("columns").data<T>();
     for_each_sample(p, [&](int64_t pixel, int tap) {
       sample.move_to(source, pixel, tap);
-      source.kernels.sample(
-          p,
-          sample.block,
-          sample.block,
-          sample.plan.data(),
-          source.input,
-          source.zeros.data(),
-          row.data(),
-          p.C,
-          p.C);
+      source.sample(sample.columns(row.data()));
       for_each_part(p, pixel, tap, [&](int64_t part, int64_t column) {
         source.kernels.from_compute(
             row.data() + part, columns + column, p.C / p.G);
@@ -357,16 +353,7 @@ void for_each_column(
   std::vector<R> row(p.C);
   for_each_sample(p, [&](int64_t pixel, int tap) {
     sample.move_to(source, pixel, tap);
-    source.kernels.sample(
-        p,
-        sample.block,
-        sample.block,
-        sample.plan.data(),
-        source.input,
-        source.zeros.data(),
-        row.data(),
-        p.C,
-        p.C);
+    source.sample(sample.columns(row.data()));
     f(pixel, tap, row.data());
   });
 }

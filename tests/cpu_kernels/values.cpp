@@ -43,8 +43,14 @@ template <typename R>
 constexpr double epsilon = sizeof(R) == 4 ? 0x1p-24 : 0x1p-53;
 
 #if defined(HAS_PRODUCTS)
-template <typename R>
-void check_products(const Products<R>& own, int m, int n, int k) {
+// `multiply` takes the place of own.multiply.
+template <typename R, typename F>
+void check_products(
+    const Products<R>& own,
+    int m,
+    int n,
+    int k,
+    const F& multiply) {
   const int ld = n + 64 / int(sizeof(R)); // room for whole vectors
   const R untouched = R(77);
   for (const bool accumulate : {false, true}) {
@@ -61,17 +67,18 @@ void check_products(const Products<R>& own, int m, int n, int k) {
       } else {
         std::vector<R> packed(own.packed_size(k, n));
         own.pack(b.data(), ld, 1, k, n, packed.data());
-        own.multiply(
-            m,
-            n,
-            k,
-            a.data(),
-            k,
-            packed.data(),
-            int64_t(k) * own.panel,
-            c.data(),
-            ld,
-            accumulate);
+        multiply(
+            PackedProduct<R>{
+                m,
+                n,
+                k,
+                a.data(),
+                k,
+                packed.data(),
+                int64_t(k) * own.panel,
+                c.data(),
+                ld,
+                accumulate});
       }
       for (int i = 0; i < m; ++i) {
         for (int j = 0; j < ld; ++j) {
@@ -164,38 +171,48 @@ double slope(double d) {
   return std::abs(d) >= 1 ? 0 : d < 0 ? 1 : -1;
 }
 
+// A small convolution, its samples planned.
+template <typename T, typename R>
+struct Problem {
+  DeformConv2dParams p{};
+  Block block;
+  std::vector<R> offset, mask;
+  std::vector<T> image, zeros;
+  std::vector<SampleBlock<R>> plan;
+  static constexpr int taps = 6, pixels = 20;
+
+  Problem(const TileKernels<T, R>& kernels, int C, int DG)
+      : block{0, pixels, 0, taps, 0, C}, zeros(C) {
+    p.N = 1, p.H = 5, p.W = 6, p.C = C, p.Ho = 5, p.Wo = 4, p.O = 1;
+    p.kH = 2, p.kW = 3, p.G = 1, p.DG = DG;
+    p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = p.pad_h = 1;
+    const int64_t samples = int64_t(pixels) * taps * DG;
+    offset = numbers<R>(2 * samples, 1.5);
+    mask = numbers<R>(samples);
+    const std::vector<R> exact = numbers<R>(p.H * p.W * C);
+    image.resize(exact.size());
+    kernels.from_compute(exact.data(), image.data(), int64_t(image.size()));
+    plan.resize(SampleBlock<R>::blocks(samples));
+    kernels.plan(p, block, offset.data(), mask.data(), plan.data());
+  }
+
+  Columns<R> columns(R* data) const {
+    return {block, block, plan.data(), data, taps * p.C, p.C};
+  }
+};
+
 template <typename T, typename R>
 void check_sampling(const TileKernels<T, R>& kernels, int C, int DG) {
-  DeformConv2dParams p{};
-  p.N = 1, p.H = 5, p.W = 6, p.C = C, p.Ho = 5, p.Wo = 4, p.O = 1;
-  p.kH = 2, p.kW = 3, p.G = 1, p.DG = DG;
-  p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = p.pad_h = 1;
-  const int taps = 6, pixels = p.Ho * p.Wo, width = C / DG;
+  const Problem<T, R> problem(kernels, C, DG);
+  const auto& [p, block, offset, mask, image, zeros, plan] = problem;
+  const int taps = problem.taps, pixels = problem.pixels, width = C / DG;
   const int64_t samples = int64_t(pixels) * taps * DG;
-  const std::vector<R> offset = numbers<R>(2 * samples, 1.5);
-  const std::vector<R> mask = numbers<R>(samples);
   const std::vector<R> cotangent = numbers<R>(int64_t(pixels) * taps * C);
-  const std::vector<R> exact = numbers<R>(p.H * p.W * C);
-  std::vector<T> image(exact.size());
-  kernels.from_compute(exact.data(), image.data(), int64_t(image.size()));
-  const std::vector<T> zeros(C);
-
-  const Block block{0, pixels, 0, taps, 0, C};
-  std::vector<SampleBlock<R>> plan(SampleBlock<R>::blocks(samples));
-  kernels.plan(p, block, offset.data(), mask.data(), plan.data());
   std::vector<R> columns(cotangent.size()), grad_offset(2 * samples);
   std::vector<R> grad_mask(samples), grad_image(image.size(), R(0));
   std::vector<R> sink(width);
   kernels.sample(
-      p,
-      block,
-      block,
-      plan.data(),
-      image.data(),
-      zeros.data(),
-      columns.data(),
-      taps * C,
-      C);
+      p, image.data(), zeros.data(), problem.columns(columns.data()));
   kernels.offset_grad(
       p,
       block,
@@ -251,6 +268,55 @@ void check_sampling(const TileKernels<T, R>& kernels, int C, int DG) {
   }
 }
 
+#if defined(HAS_PRODUCTS)
+void check_all_products(const auto& check) {
+  for (const int m : {1, 2, 3, 5, 7, 8, 11, 12, 13, 29}) {
+    for (const int n : {1, 4, 5, 12, 15, 16, 17, 31, 32, 33, 48, 50}) {
+      for (const int k : {1, 2, 7, 8, 19}) {
+        check(m, n, k);
+      }
+    }
+  }
+}
+
+// Both at once give what each gives by itself.
+template <typename T, typename R>
+void check_beside(
+    const TileKernels<T, R>& kernels,
+    const Products<R>& own,
+    int C,
+    int DG) {
+  const Problem<T, R> problem(kernels, C, DG);
+  std::vector<R> want(problem.pixels * problem.taps * C), got(want.size());
+  const T *image = problem.image.data(), *zeros = problem.zeros.data();
+  kernels.sample(problem.p, image, zeros, problem.columns(want.data()));
+  const auto both = [&](const PackedProduct<R>& product) {
+    std::fill(got.begin(), got.end(), R(NAN));
+    const Columns<R> columns = problem.columns(got.data());
+    kernels.sample_beside(problem.p, image, zeros, columns, product);
+    for (size_t i = 0; i < got.size(); ++i) {
+      expect(got[i], want[i], 0, "sample_beside");
+    }
+  };
+  check_all_products(
+      [&](int m, int n, int k) { check_products(own, m, n, k, both); });
+  // Few samples a pause, and many.
+  check_products(own, 3 * own.strip, 3 * own.panel, 100, both);
+}
+
+template <typename T, typename R>
+void check_all_beside(
+    const TileKernels<T, R>& kernels,
+    const Products<R>& own) {
+  if (kernels.sample_beside) {
+    check_beside(kernels, own, 16, 1);
+    check_beside(kernels, own, 37, 1);
+    check_beside(kernels, own, 96, 2);
+    check_beside(kernels, own, 80, 1);
+  }
+}
+#endif
+
 template <typename T, typename R>
 void check_all_sampling(const TileKernels<T, R>& kernels) {
   for (const int C : {1, 3, 16, 24, 37, 64}) {
@@ -264,14 +330,17 @@ void check_all_sampling(const TileKernels<T, R>& kernels) {
 
 int main() {
 #if defined(HAS_PRODUCTS)
-  for (const int m : {1, 2, 3, 5, 7, 8, 11, 12, 13, 29}) {
-    for (const int n : {1, 4, 5, 12, 15, 16, 17, 31, 32, 33, 48, 50}) {
-      for (const int k : {1, 2, 7, 8, 19}) {
-        check_products(ISA::products_float32, m, n, k);
-        check_products(ISA::products_float64, m, n, k);
-      }
-    }
-  }
+  check_all_products([](int m, int n, int k) {
+    const auto check = [&](const auto& own) {
+      check_products(own, m, n, k, own.multiply);
+    };
+    check(ISA::products_float32);
+    check(ISA::products_float64);
+  });
+  check_all_beside(ISA::kernels_float32, ISA::products_float32);
+  check_all_beside(ISA::kernels_float64, ISA::products_float64);
+  check_all_beside(ISA::kernels_float16, ISA::products_float32);
+  check_all_beside(ISA::kernels_bfloat16, ISA::products_float32);
 #endif
   check_half(ISA::kernels_float16, 10);
   check_half(ISA::kernels_bfloat16, 7);
