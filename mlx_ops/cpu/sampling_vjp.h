@@ -154,8 +154,7 @@ void sampling_vjp(
 
       session.run(chunk.tiles(), [&](int64_t i, Worker& worker) {
         const Block block = chunk.tile_at(i);
-        source.kernels.plan(
-            p, block, source.offset, source.mask, chunk.samples_of(i));
+        source.plan(block, chunk.samples_of(i));
         if (!grads.any()) {
           return;
         }

@@ -72,19 +72,14 @@ struct Source {
     return offset_groups(params, block.channel_begin, block.channel_end);
   }
 
-  // The plan of the block's samples takes so many blocks.
-  int64_t sample_blocks(const Block& block) const {
-    return SampleBlock<R>::blocks(
-        block.pixels() * block.taps() * groups(block).count());
-  }
-
   void plan(const Block& block, SampleBlock<R>* samples) const {
     kernels.plan(params, block, offset, mask, samples);
   }
 
-  // In the worker's memory.
+  // In the worker's memory, until its next plan.
   const SampleBlock<R>* plan(const Block& block, Worker& worker) const {
-    auto* samples = worker.samples.get<SampleBlock<R>>(sample_blocks(block));
+    auto* samples = worker.samples.get<SampleBlock<R>>(SampleBlock<R>::blocks(
+        block.pixels() * block.taps() * groups(block).count()));
     plan(block, samples);
     return samples;
   }

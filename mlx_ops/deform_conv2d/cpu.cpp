@@ -47,35 +47,32 @@ const R* cotangent_rows(
 template <typename T, typename R>
 class Strips {
  public:
-  // With `turns`, two buffers take turns: a strip's columns stay until the next
-  // but one, for that to be sampled while this one is multiplied.
+  // Where two `overlap`, their columns take turns with two buffers, for one
+  // strip to be sampled while the one before is multiplied.
   Strips(
       const Source<T, R>& source,
       const std::vector<ColumnRange>& ranges,
       int64_t begin,
       int64_t end,
       int64_t strip,
-      bool turns,
+      bool overlap,
       Worker& worker)
       : source_(source),
         ranges_(ranges),
+        worker_(worker),
         begin_(begin),
         end_(end),
         strip_(strip),
-        at_(begin),
-        planned_{},
-        turns_(turns) {
+        at_(begin) {
+    int64_t room = 0;
     for (const ColumnRange& range : ranges) {
-      columns_room_ = std::max(columns_room_, strip * range.at(0, 1).width());
-      plan_room_ =
-          std::max(plan_room_, source.sample_blocks(planned_with(range)));
+      room = std::max(room, strip * range.at(0, 1).width());
     }
-    const int64_t buffers = turns ? 2 : 1;
-    columns_ = worker.columns.get<R>(buffers * columns_room_);
-    plans_ = worker.samples.get<SampleBlock<R>>(buffers * plan_room_);
+    columns_ = worker.columns.get<R>(overlap ? 2 * room : room);
+    other_columns_ = columns_ + (overlap ? room : 0);
   }
 
-  // The next one; none behind the last.
+  // The next one; none behind the last. Forgets the plan of the one before.
   std::optional<Columns<R>> next() {
     if (at_ == end_) {
       at_ = begin_;
@@ -86,48 +83,33 @@ class Strips {
     }
     const ColumnRange& range = ranges_[range_];
     if (at_ == begin_ || at_ == planned_.pixel_end) {
-      planned_ = planned_with(range);
-      plan_turn_ = turns_ - plan_turn_;
-      source_.plan(planned_, plan());
+      const Block one = range.at(at_, at_ + 1);
+      const int64_t samples = strip_ * one.taps() * source_.groups(one).count();
+      const int64_t strips = std::max<int64_t>(1, samples_at_once / samples);
+      planned_ = range.at(at_, std::min(at_ + strips * strip_, end_));
+      samples_ = source_.plan(planned_, worker_);
     }
     const Block block = range.at(at_, std::min(at_ + strip_, end_));
     at_ = block.pixel_end;
-    columns_turn_ = turns_ - columns_turn_;
+    std::swap(columns_, other_columns_);
     return Columns<R>{
-        block,
-        planned_,
-        plan(),
-        columns_ + columns_turn_ * columns_room_,
-        block.width(),
-        block.channels()};
+        block, planned_, samples_, columns_, block.width(), block.channels()};
   }
 
  private:
   static constexpr int64_t samples_at_once = 1024;
 
-  SampleBlock<R>* plan() const {
-    return plans_ + plan_turn_ * plan_room_;
-  }
-
-  // What is planned together from here on.
-  Block planned_with(const ColumnRange& range) const {
-    const Block one = range.at(at_, at_ + 1);
-    const int64_t samples = strip_ * one.taps() * source_.groups(one).count();
-    const int64_t strips = std::max<int64_t>(1, samples_at_once / samples);
-    return range.at(at_, std::min(at_ + strips * strip_, end_));
-  }
-
   const Source<T, R>& source_;
   const std::vector<ColumnRange>& ranges_;
+  Worker& worker_;
   const int64_t begin_, end_, strip_;
-  size_t range_ = 0; // the next one's
+  // The next strip's:
+  size_t range_ = 0;
   int64_t at_;
-  Block planned_;
-  const int turns_; // 1, or 0 for a single buffer
-  int plan_turn_ = 0, columns_turn_ = 0;
-  int64_t columns_room_ = 0, plan_room_ = 0; // of one buffer
+  Block planned_{};
+  const SampleBlock<R>* samples_ = nullptr;
   R* columns_;
-  SampleBlock<R>* plans_;
+  R* other_columns_;
 };
 
 template <typename T, typename R>
