@@ -156,17 +156,48 @@ inline std::vector<ColumnRange> column_ranges(
   return column_ranges(p, width, 0, p.kH * p.kW);
 }
 
-// Pixels of one tile: large enough for an efficient product, small enough that
-// small maps still make a few tiles; all but the last are of one size. Where
-// they are many, whole steps of what a product takes at once; a few are left of
-// equal size, for no core to wait.
+// Pixels of a tile that are enough for an efficient product, yet leave small
+// maps a few tiles.
+inline int64_t tile_pixels_most(int64_t pixels, int64_t most) {
+  return std::clamp<int64_t>(round_up(ceil_div(pixels, 16), 16), 32, most);
+}
+
+// Pixels of each tile but the last. Where tiles are many, whole steps of what a
+// product takes at once; a few are left of equal size, for no core to wait.
 inline int64_t pixels_per_tile(int64_t pixels, int64_t most, int64_t step = 1) {
   constexpr int64_t few = 4;
-  most = std::clamp<int64_t>(round_up(ceil_div(pixels, 16), 16), 32, most);
+  most = tile_pixels_most(pixels, most);
   const int64_t tiles = ceil_div(pixels, most);
   return tiles == 0 ? most
                     : round_up(ceil_div(pixels, tiles), tiles < few ? 1 : step);
 }
+
+// The same for tiles of about equal size: whole steps, but for the last, and so
+// many tiles that usual numbers of cores end together.
+class EvenTiles {
+ public:
+  EvenTiles(int64_t pixels, int64_t most, int64_t step)
+      : pixels_(pixels), step_(step), steps_(ceil_div(pixels, step)) {
+    constexpr int64_t cores = 16;
+    const int64_t tiles = ceil_div(pixels, tile_pixels_most(pixels, most));
+    const int64_t even = tiles > cores ? cores : tiles > 1 ? 2 : 1;
+    count_ = std::min(steps_, round_up(tiles, even));
+  }
+
+  int64_t count() const {
+    return count_;
+  }
+  // Of tile i, and where the one before ends.
+  int64_t begin(int64_t i) const {
+    return std::min(pixels_, i * steps_ / count_ * step_);
+  }
+  int64_t most_pixels() const {
+    return count_ ? ceil_div(steps_, count_) * step_ : 0;
+  }
+
+ private:
+  int64_t pixels_, step_, steps_, count_;
+};
 
 template <typename R>
 void fill_zero(ThreadPool::Session& session, R* data, int64_t count) {

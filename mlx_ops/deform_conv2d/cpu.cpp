@@ -123,13 +123,14 @@ void forward(
   const ForwardProduct<R> product(session, p, weight);
   const std::vector<ColumnRange> ranges =
       column_ranges(p, product.most_columns());
-  const int64_t tile = pixels_per_tile(
+  const EvenTiles tiles(
       source.pixels(), product.most_pixels(), product.pixel_step());
-  const int64_t strip = product.pixels_at_once(source.kernels, tile);
+  const int64_t strip =
+      product.pixels_at_once(source.kernels, tiles.most_pixels());
 
-  session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {
-    const int64_t begin = i * tile;
-    const int64_t end = std::min(begin + tile, source.pixels());
+  session.run(tiles.count(), [&](int64_t i, Worker& worker) {
+    const int64_t begin = tiles.begin(i);
+    const int64_t end = tiles.begin(i + 1);
     R* sums;
     if constexpr (std::is_same_v<T, R>) {
       sums = out + begin * p.O;
