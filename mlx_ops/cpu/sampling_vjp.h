@@ -26,19 +26,15 @@ inline int64_t chunk_bytes() {
 template <typename R>
 struct Chunk {
   Block block; // all channels
-  int64_t tile; // pixels that are planned together
+  EvenTiles tiles; // of pixels that are planned together
   int64_t tile_blocks; // of samples: each tile begins with one of its own
   SampleBlock<R>* samples; // or null, for planning where they are read
   R* cotangents; // [pixels][taps][C], or null
 
-  int64_t tiles() const {
-    return ceil_div(block.pixels(), tile);
-  }
-
   Block tile_at(int64_t i) const {
     Block out = block;
-    out.pixel_begin = block.pixel_begin + i * tile;
-    out.pixel_end = std::min(out.pixel_begin + tile, block.pixel_end);
+    out.pixel_begin = block.pixel_begin + tiles.begin(i);
+    out.pixel_end = block.pixel_begin + tiles.begin(i + 1);
     return out;
   }
 
@@ -47,7 +43,7 @@ struct Chunk {
   }
 
   R* cotangents_of(int64_t i) const {
-    return cotangents + i * tile * block.width();
+    return cotangents + tiles.begin(i) * block.width();
   }
 };
 
@@ -128,31 +124,32 @@ void sampling_vjp(
   const int step = chunk_taps(p);
   const int64_t pixel_bytes = step *
       (p.C * sizeof(R) + p.DG * sizeof(SampleBlock<R>) / SampleBlock<R>::size);
-  const int64_t tile =
-      pixels_per_tile(source.pixels(), chunk_tile_pixels, pixel_step);
+  const int64_t tile = tile_pixels_most(source.pixels(), chunk_tile_pixels);
   // Chunks of about one size: a short last one would leave workers idle.
   const int64_t most = std::max<int64_t>(tile, chunk_bytes() / pixel_bytes);
   const int64_t chunks = std::max<int64_t>(1, ceil_div(source.pixels(), most));
-  const int64_t pixels = round_up(ceil_div(source.pixels(), chunks), tile);
+  const int64_t pixels =
+      round_up(ceil_div(source.pixels(), chunks), pixel_step);
 
   for (int64_t begin = 0; begin < source.pixels(); begin += pixels) {
     const int64_t end = std::min(begin + pixels, source.pixels());
+    const EvenTiles tiles(end - begin, tile, pixel_step);
     for (int k = 0; k < source.taps(); k += step) {
       Chunk<R> chunk{
           {begin, end, k, std::min(k + step, source.taps()), 0, p.C},
-          tile,
+          tiles,
           SampleBlock<R>::blocks(
-              tile * std::min(step, source.taps() - k) * p.DG),
+              tiles.most_pixels() * std::min(step, source.taps() - k) * p.DG),
           nullptr,
           nullptr};
       chunk.samples = session.shared_samples().get<SampleBlock<R>>(
-          chunk.tiles() * chunk.tile_blocks);
+          tiles.count() * chunk.tile_blocks);
       if (grads.any()) {
         chunk.cotangents = session.shared_columns().get<R>(
             chunk.block.pixels() * chunk.block.width());
       }
 
-      session.run(chunk.tiles(), [&](int64_t i, Worker& worker) {
+      session.run(tiles.count(), [&](int64_t i, Worker& worker) {
         const Block block = chunk.tile_at(i);
         source.plan(block, chunk.samples_of(i));
         if (!grads.any()) {
@@ -174,7 +171,7 @@ void sampling_vjp(
 
       const int parts = grads.input ? session.size() : 0;
       const std::vector<int64_t> bounds = scatter_bounds(
-          chunk.samples, chunk.tiles() * chunk.tile_blocks, parts);
+          chunk.samples, tiles.count() * chunk.tile_blocks, parts);
       const int64_t others = other.tasks(chunk);
       session.run(parts + others, [&](int64_t task, Worker& worker) {
         if (task >= parts) {
@@ -182,7 +179,7 @@ void sampling_vjp(
           return;
         }
         R* sink = worker.rows.get<R>(p.C / p.DG);
-        for (int64_t i = 0; i < chunk.tiles(); ++i) {
+        for (int64_t i = 0; i < tiles.count(); ++i) {
           source.kernels.scatter(
               p,
               chunk.tile_at(i),

@@ -162,25 +162,15 @@ inline int64_t tile_pixels_most(int64_t pixels, int64_t most) {
   return std::clamp<int64_t>(round_up(ceil_div(pixels, 16), 16), 32, most);
 }
 
-// Pixels of each tile but the last. Where tiles are many, whole steps of what a
-// product takes at once; a few are left of equal size, for no core to wait.
-inline int64_t pixels_per_tile(int64_t pixels, int64_t most, int64_t step = 1) {
-  constexpr int64_t few = 4;
-  most = tile_pixels_most(pixels, most);
-  const int64_t tiles = ceil_div(pixels, most);
-  return tiles == 0 ? most
-                    : round_up(ceil_div(pixels, tiles), tiles < few ? 1 : step);
-}
-
-// The same for tiles of about equal size: whole steps, but for the last, and so
-// many tiles that usual numbers of cores end together.
+// Pixels in tiles of about equal size: whole steps of what a product takes at
+// once, but for the last, and so many tiles that usual numbers of cores end
+// together.
 class EvenTiles {
  public:
   EvenTiles(int64_t pixels, int64_t most, int64_t step)
       : pixels_(pixels), step_(step), steps_(ceil_div(pixels, step)) {
-    constexpr int64_t cores = 16;
-    const int64_t tiles = ceil_div(pixels, tile_pixels_most(pixels, most));
-    const int64_t even = tiles > cores ? cores : tiles > 1 ? 2 : 1;
+    const int64_t tiles = ceil_div(pixels, most);
+    const int64_t even = tiles > 64 ? 16 : tiles > 16 ? 4 : tiles > 1 ? 2 : 1;
     count_ = std::min(steps_, round_up(tiles, even));
   }
 

@@ -124,7 +124,9 @@ void forward(
   const std::vector<ColumnRange> ranges =
       column_ranges(p, product.most_columns());
   const EvenTiles tiles(
-      source.pixels(), product.most_pixels(), product.pixel_step());
+      source.pixels(),
+      tile_pixels_most(source.pixels(), product.most_pixels()),
+      product.pixel_step());
   const int64_t strip =
       product.pixels_at_once(source.kernels, tiles.most_pixels());
 
@@ -198,16 +200,17 @@ class WeightGrad {
       split(chunk);
     }
     return static_cast<int64_t>(ranges_.size()) *
-        ceil_div(chunk.tiles(), split_tiles_);
+        ceil_div(chunk.tiles.count(), split_tiles_);
   }
 
   void run(const Chunk<R>& chunk, int64_t task, Worker& worker) const {
     const auto count = static_cast<int64_t>(ranges_.size());
     const ColumnRange& range = ranges_[task % count];
     const int64_t first = task / count * split_tiles_;
-    const int64_t last = std::min(first + split_tiles_, chunk.tiles());
+    const int64_t last = std::min(first + split_tiles_, chunk.tiles.count());
     R* sums = partial_ + task / count * product_.shape().size;
-    const int64_t at_once = std::max<int64_t>(1, tile_pixels / chunk.tile);
+    const int64_t at_once =
+        std::max<int64_t>(1, tile_pixels / chunk.tiles.most_pixels());
     for (int64_t begin = first; begin < last; begin += at_once) {
       const int64_t end = std::min(begin + at_once, last);
       const Block block = range.at(
@@ -223,7 +226,7 @@ class WeightGrad {
             {part,
              chunk.samples ? tile : part,
              chunk.samples ? chunk.samples_of(i) : source_.plan(part, worker),
-             columns + (i - begin) * chunk.tile * stride,
+             columns + (tile.pixel_begin - block.pixel_begin) * stride,
              stride,
              block.channels()});
       }
@@ -278,8 +281,8 @@ class WeightGrad {
             {ceil_div(tasks_wanted, count),
              chunk.block.pixels() / least_pixels,
              partial_bytes_most / int64_t(shape.size * sizeof(R))}));
-    split_tiles_ = ceil_div(chunk.tiles(), most);
-    splits_ = ceil_div(chunk.tiles(), split_tiles_);
+    split_tiles_ = ceil_div(chunk.tiles.count(), most);
+    splits_ = ceil_div(chunk.tiles.count(), split_tiles_);
     partial_ = splits_ == 1 && !shape.depthwise()
         ? grad_weight_
         : session_.shared_sums().get<R>(splits_ * shape.size);
@@ -327,7 +330,7 @@ void backward(
     // weight's gradient, which then stays in cache, save more.
     const Chunk<R> all{
         {0, source.pixels(), 0, source.taps(), 0, p.C},
-        chunk_tile_pixels,
+        EvenTiles(source.pixels(), chunk_tile_pixels, 1),
         0,
         nullptr,
         nullptr};

@@ -19,14 +19,14 @@ template <typename T, typename R>
 void im2col(const Source<T, R>& source, T* columns) {
   const DeformConv2dParams& p = source.params;
   const std::vector<ColumnRange> ranges = column_ranges(p, block_width);
-  const int64_t tile = pixels_per_tile(source.pixels(), tile_pixels);
+  const EvenTiles tiles(
+      source.pixels(), tile_pixels_most(source.pixels(), tile_pixels), 1);
 
   ThreadPool::Session session(ThreadPool::instance(), source.work());
-  session.run(ceil_div(source.pixels(), tile), [&](int64_t i, Worker& worker) {
+  session.run(tiles.count(), [&](int64_t i, Worker& worker) {
     for (const ColumnRange& range : ranges) {
-      const int64_t begin = i * tile;
-      const Block block =
-          range.at(begin, std::min(begin + tile, source.pixels()));
+      const int64_t begin = tiles.begin(i);
+      const Block block = range.at(begin, tiles.begin(i + 1));
       T* out = columns + begin * p.column_pixel +
           block.tap_begin * p.column_tap + block.channel_begin;
       const SampleBlock<R>* samples = source.plan(block, worker);
