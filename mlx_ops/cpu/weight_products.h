@@ -172,17 +172,22 @@ class ForwardProduct {
     return own_ ? 16 * own_->strip : tile_pixels;
   }
 
-  // How many columns to take at once: with our own products, all taps of 64
-  // channels and 3 x 3 taps.
-  int64_t most_columns() const {
-    return own_ ? block_width + block_width / 4 : block_width;
-  }
-
   // Whether some columns are multiplied while the next are sampled.
   template <typename T>
   bool overlaps(const TileKernels<T, R>& kernels) const {
     return own_ && kernels.sample_beside && shape_.in >= channel_step &&
         shape_.out >= own_->panel;
+  }
+
+  // How many columns to take at once. With our own products at least all taps
+  // of 64 channels and 3 x 3 taps; more of them where strips overlap, which are
+  // short, as long as their weight stays in a core's cache.
+  template <typename T>
+  int64_t most_columns(const TileKernels<T, R>& kernels) const {
+    constexpr int64_t least = 640, most = 4096, weight = least * 256;
+    return !own_             ? block_width
+        : !overlaps(kernels) ? least
+                             : std::clamp(weight / shape_.out, least, most);
   }
 
   // How many pixels to sample between two products: so few that their columns

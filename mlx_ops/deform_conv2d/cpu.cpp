@@ -122,7 +122,7 @@ void forward(
   ThreadPool::Session session(ThreadPool::instance(), source.work());
   const ForwardProduct<R> product(session, p, weight);
   const std::vector<ColumnRange> ranges =
-      column_ranges(p, product.most_columns());
+      column_ranges(p, product.most_columns(source.kernels));
   const EvenTiles tiles(
       source.pixels(),
       tile_pixels_most(source.pixels(), product.most_pixels()),
