@@ -86,12 +86,6 @@ struct Length {
   static constexpr int value = n;
 };
 
-// No row of this length has a last, partial vector.
-template <typename R, int n>
-constexpr bool is_whole(Length<n>) {
-  return n == whole_vectors || (n > 0 && n % VectorOf<R>::width == 0);
-}
-
 // Calls f(Length) for rows of n lanes: code of their own for the usual short
 // rows, whose time would go by what a loop does besides, and for rows without
 // last lanes, whose code takes registers.

@@ -134,8 +134,7 @@ static MLX_DEFORM_INLINE void tile_beside(
       sum[r][v] = accumulate ? load(c + r * ldc + v * width) : Vector<R>{};
     }
   }
-  using Place = Walk<rows, packed, R>;
-  Place at(a, b, stride);
+  Walk<rows, packed, R> at(a, b, stride);
   const auto step = [&](int i) __attribute__((always_inline)) {
     Vector<R> y[vectors];
     MLX_DEFORM_UNROLL(3)
@@ -164,7 +163,7 @@ static MLX_DEFORM_INLINE void tile_beside(
   if constexpr (pause > 0) {
     for (; k >= pause; k -= pause) {
       steps(pause);
-      typename Place::Kept kept;
+      typename Walk<rows, packed, R>::Kept kept;
       at.keep(kept);
       meanwhile();
       at.take_back(kept);

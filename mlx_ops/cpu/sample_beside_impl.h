@@ -25,21 +25,16 @@ void sample_beside(
     const Columns<R>& columns,
     const PackedProduct<R>& product) {
   with_length<R>(row_length(params, columns.block), [&](auto length) {
-    if constexpr (is_whole<R>(length)) {
-      Rows<length.value, T, R> rows(params, input, zeros, columns);
-      const int64_t times = pauses(product);
-      const int64_t at_once = times ? (rows.left() + times - 1) / times : 0;
-      multiply_beside(product, [&]() __attribute__((always_inline)) {
-        for (int64_t i = 0; i < at_once && rows.left(); ++i) {
-          rows.next();
-        }
-      });
-      while (rows.left()) {
+    Rows<length.value, Place::beside, T, R> rows(params, input, zeros, columns);
+    const int64_t times = pauses(product);
+    const int64_t at_once = times ? (rows.left() + times - 1) / times : 0;
+    multiply_beside(product, [&]() __attribute__((always_inline)) {
+      for (int64_t i = 0; i < at_once && rows.left(); ++i) {
         rows.next();
       }
-    } else {
-      multiply(product);
-      sample(params, input, zeros, columns);
+    });
+    while (rows.left()) {
+      rows.next();
     }
   });
 }

@@ -54,8 +54,11 @@ template <typename R>
   }
 }
 
+// Where a row is sampled: beside a product registers are few.
+enum class Place { alone, beside };
+
 // One sample at n channels from c on.
-template <int length, typename T, typename R>
+template <int length, Place place, typename T, typename R>
 static inline void sample_row(
     const Sample<R>& s,
     const CornerSteps& steps,
@@ -65,9 +68,11 @@ static inline void sample_row(
     int n,
     R* out) {
   Corners<T> from(s, steps, input, zeros, c);
-  // Beside a product registers are few: spilled pointers shall lie in memory,
-  // not in vectors, which wait in the same queue as the product's arithmetic.
-  __asm__("" : "+m"(from.p));
+  if constexpr (place == Place::beside) {
+    // Spilled pointers shall lie in memory, not in vectors, which would wait in
+    // the same queue as the product's arithmetic.
+    __asm__("" : "+m"(from.p));
+  }
   const T *p0 = from.p[0], *p1 = from.p[1], *p2 = from.p[2], *p3 = from.p[3];
   const R w0 = s.weight(0), w1 = s.weight(1);
   const R w2 = s.weight(2), w3 = s.weight(3);
@@ -84,7 +89,7 @@ static inline void sample_row(
 
 // The rows of a block's columns, one by one: those of a pixel, offset group by
 // offset group, and of a group tap by tap.
-template <int length, typename T, typename R>
+template <int length, Place place, typename T, typename R>
 class Rows {
  public:
   Rows(
@@ -126,7 +131,7 @@ class Rows {
 
   MLX_DEFORM_INLINE void next() {
     const Sample<R> sample(samples_, at_);
-    sample_row<length>(
+    sample_row<length, place>(
         sample, steps_, input_, zeros_, channel_, channels_, out_);
     --left_;
     ++at_;
@@ -202,7 +207,7 @@ void sample(
     const T* zeros,
     const Columns<R>& columns) {
   with_length<R>(row_length(params, columns.block), [&](auto length) {
-    Rows<length.value, T, R> rows(params, input, zeros, columns);
+    Rows<length.value, Place::alone, T, R> rows(params, input, zeros, columns);
     while (rows.left()) {
       rows.next();
     }

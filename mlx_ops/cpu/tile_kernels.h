@@ -35,7 +35,6 @@ struct SampleBlock {
   R mask[size]; // 1 where there is no mask
   int flags[size]; // bit i: corner i lies in the image; and those below
 
-  static constexpr int all_corners = 0xf;
   // Else value and slopes are 0.
   static constexpr int live_bit = 0x10;
   // Set where the mask is infinite or NaN: a weight of 0 would become NaN, so
@@ -72,10 +71,6 @@ struct Sample {
   }
   R mask() const {
     return block->mask[lane];
-  }
-  bool has_all_corners() const {
-    constexpr int all = SampleBlock<R>::all_corners;
-    return (block->flags[lane] & all) == all;
   }
   bool has_corner(int i) const {
     return block->flags[lane] >> i & 1;
