@@ -307,7 +307,8 @@ void multiply(const PackedProduct<R>& p) {
 constexpr int steps_between = 8;
 template <typename R>
 int64_t pauses(const PackedProduct<R>& p) {
-  return p.m / strip_rows * (p.n / panel_width<R>)*(p.k / steps_between);
+  const int64_t tiles = (p.m / strip_rows) * (p.n / panel_width<R>);
+  return tiles * (p.k / steps_between);
 }
 
 // multiply(), and meanwhile() every few steps. That must be inlined: a call
