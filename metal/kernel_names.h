@@ -24,8 +24,7 @@
 
 // MLX_DEFORM_INSTANTIATE(stem, kernel<arguments>)
 // Host name: <stem>_<index width>_<data type>.
-#define MLX_DEFORM_INSTANTIATE(stem, ...)                 \
-  template [[host_name(MLX_DEFORM_STRING(MLX_DEFORM_JOIN( \
-      stem,                                               \
-      MLX_DEFORM_INDEX_NAME,                              \
-      MLX_DEFORM_T_NAME)))]] [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;
+#define MLX_DEFORM_INSTANTIATE(stem, ...)                                 \
+  template [[host_name(MLX_DEFORM_STRING(                                 \
+      MLX_DEFORM_JOIN(stem, MLX_DEFORM_INDEX_NAME, MLX_DEFORM_T_NAME)))]] \
+  [[kernel]] decltype(__VA_ARGS__) __VA_ARGS__;

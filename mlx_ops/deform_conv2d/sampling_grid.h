@@ -26,7 +26,13 @@ struct SamplingGrid {
       int offset_groups,
       mx::Dtype dtype,
       mx::Stream stream)
-      : samples{n, ho, wo, offset_groups, kernel_size.first, kernel_size.second},
+      : samples{
+            n,
+            ho,
+            wo,
+            offset_groups,
+            kernel_size.first,
+            kernel_size.second},
         rows(coordinates(
             ho,
             kernel_size.first,

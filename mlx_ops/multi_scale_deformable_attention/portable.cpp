@@ -28,7 +28,7 @@ struct Portable {
   }
 
   // A field of each sample's level, (K).
-  mx::array by_sample(const MsdaSettings& settings, int MsdaLevel::*field)
+  mx::array by_sample(const MsdaSettings& settings, int MsdaLevel::* field)
       const {
     std::vector<int> numbers(p.K);
     for (const MsdaLevel& level : settings.levels) {

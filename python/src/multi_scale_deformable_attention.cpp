@@ -37,13 +37,14 @@ void init_multi_scale_deformable_attention(nb::module_& m) {
       "points"_a = nb::none(),
       "method"_a = "bilinear",
       "stream"_a = nb::none(),
-      nb::sig("def multi_scale_deformable_attention(value: mlx.core.array, "
-              "spatial_shapes: typing.Sequence[typing.Sequence[int]], "
-              "sampling_locations: mlx.core.array, attention_weights: "
-              "mlx.core.array, *, points: typing.Sequence[int] | None = None, "
-              "method: str = 'bilinear', stream: mlx.core.Stream | "
-              "mlx.core.Device | mlx.core.DeviceType | None = None) -> "
-              "mlx.core.array"),
+      nb::sig(
+          "def multi_scale_deformable_attention(value: mlx.core.array, "
+          "spatial_shapes: typing.Sequence[typing.Sequence[int]], "
+          "sampling_locations: mlx.core.array, attention_weights: "
+          "mlx.core.array, *, points: typing.Sequence[int] | None = None, "
+          "method: str = 'bilinear', stream: mlx.core.Stream | "
+          "mlx.core.Device | mlx.core.DeviceType | None = None) -> "
+          "mlx.core.array"),
       R"pbdoc(
         Multi-scale deformable attention: the sampling of the DETR family.
 

@@ -48,37 +48,36 @@ inline ulong simdgroup_place(
                    : (origin.y + row) * stride + origin.x + column;
 }
 
-#define MSL_LOAD_AND_STORE(space)                                     \
-  template <class T>                                                  \
-  inline void simdgroup_load(                                         \
-      thread simdgroup_matrix<T, 8, 8>& to,                           \
-      const space T* from,                                            \
-      ulong stride,                                                   \
-      ulong2 origin,                                                  \
-      bool transpose) {                                               \
-    msl::meet("simdgroup_load", &stride, sizeof(stride));             \
-    const uint row = to.row(msl::lane());                             \
-    const uint column = to.column(msl::lane());                       \
-    for (uint i = 0; i < 2; ++i) {                                    \
-      to.at[i] =                                                      \
-          from[simdgroup_place(                                       \
-              row, column + i, stride, origin, transpose)];           \
-    }                                                                 \
-  }                                                                   \
-  template <class T>                                                  \
-  inline void simdgroup_store(                                        \
-      thread simdgroup_matrix<T, 8, 8> from,                          \
-      space T* to,                                                    \
-      ulong stride,                                                   \
-      ulong2 origin,                                                  \
-      bool transpose) {                                               \
-    msl::meet("simdgroup_store", &stride, sizeof(stride));            \
-    const uint row = from.row(msl::lane());                           \
-    const uint column = from.column(msl::lane());                     \
-    for (uint i = 0; i < 2; ++i) {                                    \
-      to[simdgroup_place(row, column + i, stride, origin, transpose)] = \
-          from.at[i];                                                 \
-    }                                                                 \
+#define MSL_LOAD_AND_STORE(space)                                            \
+  template <class T>                                                         \
+  inline void simdgroup_load(                                                \
+      thread simdgroup_matrix<T, 8, 8>& to,                                  \
+      const space T* from,                                                   \
+      ulong stride,                                                          \
+      ulong2 origin,                                                         \
+      bool transpose) {                                                      \
+    msl::meet("simdgroup_load", &stride, sizeof(stride));                    \
+    const uint row = to.row(msl::lane());                                    \
+    const uint column = to.column(msl::lane());                              \
+    for (uint i = 0; i < 2; ++i) {                                           \
+      to.at[i] =                                                             \
+          from[simdgroup_place(row, column + i, stride, origin, transpose)]; \
+    }                                                                        \
+  }                                                                          \
+  template <class T>                                                         \
+  inline void simdgroup_store(                                               \
+      thread simdgroup_matrix<T, 8, 8> from,                                 \
+      space T* to,                                                           \
+      ulong stride,                                                          \
+      ulong2 origin,                                                         \
+      bool transpose) {                                                      \
+    msl::meet("simdgroup_store", &stride, sizeof(stride));                   \
+    const uint row = from.row(msl::lane());                                  \
+    const uint column = from.column(msl::lane());                            \
+    for (uint i = 0; i < 2; ++i) {                                           \
+      to[simdgroup_place(row, column + i, stride, origin, transpose)] =      \
+          from.at[i];                                                        \
+    }                                                                        \
   }
 #ifdef MSL_STRICT
 MSL_LOAD_AND_STORE(device)
