@@ -26,6 +26,18 @@ constexpr int panel_width = panel_vectors * VectorOf<R>::width;
 // [k][panel_width]. The rows of the other lie `stride` apart.
 enum class Packed { a, b };
 
+// What a tile of c, (rows x k) * (k x columns), is made of.
+template <typename R>
+struct Factors {
+  int64_t k;
+  const R* a;
+  const R* b;
+  int64_t stride;
+  R* c;
+  int64_t ldc;
+  bool accumulate;
+};
+
 // Where a tile is in its factors: at a step, of which each takes `rows`
 // elements of a, one of each row, and a row of b.
 template <int rows, Packed packed, typename R>
@@ -41,14 +53,14 @@ struct Walk {
   const R* b;
   int64_t beyond[strides];
 
-  Walk(const R* first_a, const R* first_b, int64_t stride) : b(first_b) {
+  explicit Walk(const Factors<R>& of) : b(of.b) {
     MLX_DEFORM_UNROLL(4)
     for (int i = 0; i < pointers; ++i) {
-      a[i] = first_a + i * rows_each * stride;
+      a[i] = of.a + i * rows_each * of.stride;
     }
     MLX_DEFORM_UNROLL(2)
     for (int i = 0; i < strides; ++i) {
-      beyond[i] = (i + 1) * stride;
+      beyond[i] = (i + 1) * of.stride;
     }
   }
 
@@ -113,15 +125,11 @@ template <
     typename R,
     typename F>
 static MLX_DEFORM_INLINE void tile_beside(
-    int64_t k,
-    const R* a,
-    const R* b,
-    int64_t stride,
-    R* c,
-    int64_t ldc,
-    bool accumulate,
+    const Factors<R>& of,
     const F& meanwhile) {
   constexpr int width = VectorOf<R>::width;
+  R* const c = of.c;
+  const int64_t ldc = of.ldc;
   // Beyond these, compilers no longer keep all the sums in registers.
   constexpr int unrolled =
       packed == Packed::b && MLX_DEFORM_VECTOR_BYTES == 32 ? 8 : 2;
@@ -131,10 +139,10 @@ static MLX_DEFORM_INLINE void tile_beside(
   for (int r = 0; r < rows; ++r) {
     MLX_DEFORM_UNROLL(3)
     for (int v = 0; v < vectors; ++v) {
-      sum[r][v] = accumulate ? load(c + r * ldc + v * width) : Vector<R>{};
+      sum[r][v] = of.accumulate ? load(c + r * ldc + v * width) : Vector<R>{};
     }
   }
-  Walk<rows, packed, R> at(a, b, stride);
+  Walk<rows, packed, R> at(of);
   const auto step = [&](int i) __attribute__((always_inline)) {
     Vector<R> y[vectors];
     MLX_DEFORM_UNROLL(3)
@@ -160,6 +168,7 @@ static MLX_DEFORM_INLINE void tile_beside(
     }
     return n;
   };
+  int64_t k = of.k;
   if constexpr (pause > 0) {
     for (; k >= pause; k -= pause) {
       steps(pause);
@@ -183,20 +192,12 @@ static MLX_DEFORM_INLINE void tile_beside(
 }
 
 template <int rows, int vectors, Packed packed, typename R>
-void tile(
-    int64_t k,
-    const R* a,
-    const R* b,
-    int64_t stride,
-    R* c,
-    int64_t ldc,
-    bool accumulate) {
-  tile_beside<rows, vectors, packed, 0>(
-      k, a, b, stride, c, ldc, accumulate, [] {});
+void tile(const Factors<R>& of) {
+  tile_beside<rows, vectors, packed, 0>(of, [] {});
 }
 
 template <typename R>
-using Tile = void (*)(int64_t, const R*, const R*, int64_t, R*, int64_t, bool);
+using Tile = void (*)(const Factors<R>&);
 
 // The tiles of 1 to strip_rows rows.
 template <int vectors, Packed packed, typename R>
@@ -255,51 +256,52 @@ void put_row(const R* part, int columns, R* c, bool accumulate) {
   }
 }
 
-// All rows of c at one panel, of which `columns` exist.
+// All rows of c at one panel, of which `columns` exist, from its first tile on.
 template <Packed packed, typename R>
-void panel_of_c(
-    int64_t m,
-    int columns,
-    int64_t k,
-    const R* a,
-    const R* b,
-    int64_t stride,
-    R* c,
-    int64_t ldc,
-    bool accumulate) {
+void panel_of_c(int64_t m, int columns, const Factors<R>& first) {
   constexpr int panel = panel_width<R>;
   const bool whole = columns % VectorOf<R>::width == 0;
   const Tile<R>* run = tiles_for<packed, R>(columns);
   for (int64_t r = 0; r < m; r += strip_rows) {
     const int rows = int(m - r < strip_rows ? m - r : strip_rows);
-    const R* from = a + r * (packed == Packed::a ? k : stride);
-    R* to = c + r * ldc;
+    Factors<R> of = first;
+    of.a += r * (packed == Packed::a ? first.k : first.stride);
+    of.c += r * first.ldc;
     if (whole) {
-      run[rows](k, from, b, stride, to, ldc, accumulate);
+      run[rows](of);
       continue;
     }
     // The last vector reaches beyond c.
+    R* const to = of.c;
     R part[strip_rows * panel];
-    run[rows](k, from, b, stride, part, panel, false);
+    of.c = part;
+    of.ldc = panel;
+    of.accumulate = false;
+    run[rows](of);
     for (int i = 0; i < rows; ++i) {
-      put_row(part + i * panel, columns, to + i * ldc, accumulate);
+      put_row(part + i * panel, columns, to + i * first.ldc, first.accumulate);
     }
   }
+}
+
+// Of the tile at row r and column j, where a panel begins.
+template <typename R>
+static inline Factors<R>
+factors_at(const PackedProduct<R>& p, int64_t r, int64_t j) {
+  return {
+      p.k,
+      p.a + r * p.lda,
+      p.packed + j / panel_width<R> * p.panel_stride,
+      p.lda,
+      p.c + r * p.ldc + j,
+      p.ldc,
+      p.accumulate};
 }
 
 template <typename R>
 void multiply(const PackedProduct<R>& p) {
   for (int64_t j = 0; j < p.n; j += panel_width<R>) {
-    panel_of_c<Packed::b>(
-        p.m,
-        columns_left<R>(p.n, j),
-        p.k,
-        p.a,
-        p.packed + j / panel_width<R> * p.panel_stride,
-        p.lda,
-        p.c + j,
-        p.ldc,
-        p.accumulate);
+    panel_of_c<Packed::b>(p.m, columns_left<R>(p.n, j), factors_at(p, 0, j));
   }
 }
 
@@ -322,14 +324,7 @@ static MLX_DEFORM_INLINE void multiply_beside(
   for (int64_t r = 0; r < rows; r += strip_rows) {
     for (int64_t j = 0; j < columns; j += panel_width<R>) {
       tile_beside<strip_rows, panel_vectors, Packed::b, steps_between>(
-          p.k,
-          p.a + r * p.lda,
-          p.packed + j / panel_width<R> * p.panel_stride,
-          p.lda,
-          p.c + r * p.ldc + j,
-          p.ldc,
-          p.accumulate,
-          meanwhile);
+          factors_at(p, r, j), meanwhile);
     }
   }
   // What is left to the right of these tiles, and below.
@@ -358,8 +353,8 @@ void multiply_transposed(
     bool accumulate) {
   for (int64_t j = 0; j < n; j += panel_width<R>) {
     const int columns = columns_left<R>(n, j);
-    panel_of_c<Packed::a>(
-        m, columns, k, packed, b + j, ldb, c + j, ldc, accumulate);
+    panel_of_c<Packed::a, R>(
+        m, columns, {k, packed, b + j, ldb, c + j, ldc, accumulate});
   }
 }
 

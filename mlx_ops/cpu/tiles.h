@@ -84,18 +84,6 @@ struct Source {
     return samples;
   }
 
-  // The block's columns, [pixels][taps][channels] with pixels pixel_stride
-  // apart, in the worker's memory, with room behind them for one more row.
-  R* sample(
-      const Block& block,
-      const SampleBlock<R>* samples,
-      int64_t pixel_stride,
-      Worker& worker) const {
-    R* data = worker.columns.get<R>((block.pixels() + 1) * pixel_stride);
-    sample({block, block, samples, data, pixel_stride, block.channels()});
-    return data;
-  }
-
   void sample(const Columns<R>& columns) const {
     kernels.sample(params, input, zeros.data(), columns);
   }

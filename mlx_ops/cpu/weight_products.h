@@ -228,7 +228,7 @@ class ForwardProduct {
               has_bias));
       return;
     }
-    multiply(columns.block, columns.data, rows, has_bias, worker);
+    multiply(columns, rows, has_bias, worker);
     if (next) {
       source.sample(*next);
     }
@@ -238,17 +238,17 @@ class ForwardProduct {
   static constexpr int64_t depthwise_pixels = 16;
 
   void multiply(
-      const Block& block,
-      const R* columns,
+      const Columns<R>& columns,
       R* rows,
       bool has_bias,
       Worker& worker) const {
+    const Block& block = columns.block;
     if (shape_.depthwise()) {
       depthwise_kernels<R>().multiply(
           params_,
           block,
-          columns,
-          block.width(),
+          columns.data,
+          columns.pixel_stride,
           weight_,
           rows,
           has_bias || block.tap_begin != 0);
@@ -257,8 +257,8 @@ class ForwardProduct {
     for_each_group(
         shape_,
         block,
-        columns,
-        block.width(),
+        columns.data,
+        columns.pixel_stride,
         worker,
         [&](int g, const R* part, int64_t width, int64_t stride) {
           if (own_) {

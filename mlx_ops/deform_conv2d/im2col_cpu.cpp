@@ -34,7 +34,10 @@ void im2col(const Source<T, R>& source, T* columns) {
         source.sample(
             {block, block, samples, out, p.column_pixel, p.column_tap});
       } else {
-        const R* sampled = source.sample(block, samples, block.width(), worker);
+        const int64_t width = block.width();
+        R* sampled = worker.columns.get<R>(block.pixels() * width);
+        source.sample(
+            {block, block, samples, sampled, width, block.channels()});
         for (int64_t q = 0; q < block.pixels(); ++q) {
           for (int k = 0; k < block.taps(); ++k) {
             source.kernels.from_compute(
