@@ -30,9 +30,16 @@ inline void want_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
+// Results begin with a cache line: adding to a gradient takes a third longer
+// where its vectors lie across two of them.
 inline void allocate(std::vector<mx::array>& arrays) {
+  constexpr size_t line = 64;
   for (mx::array& x : arrays) {
-    mlx_deform::allocate(x);
+    x.set_data(mx::allocator::malloc(x.nbytes() + line));
+    const auto over = reinterpret_cast<uintptr_t>(x.data<char>()) % line;
+    const size_t skip = over ? (line - over) / x.itemsize() : 0;
+    const mx::Strides strides = x.strides();
+    x.copy_shared_buffer(x, strides, x.flags(), x.data_size(), skip);
     want_huge_pages(x.data<char>(), x.nbytes());
   }
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -14,6 +15,9 @@
 namespace mlx_deform::cpu {
 
 constexpr int64_t chunk_tile_pixels = 64;
+// Rows of so few channels cost by their number: workers who share an image's
+// gradient take offset groups, then, and pass over nobody else's samples.
+constexpr int short_row = 32;
 
 // Bytes of column cotangents and samples between two passes: some tiles for
 // every core. Not for every thread, whose number results must not depend on.
@@ -170,14 +174,19 @@ void sampling_vjp(
       });
 
       const int parts = grads.input ? session.size() : 0;
+      const int by_groups = p.C / p.DG <= short_row ? std::gcd(parts, p.DG) : 1;
       const std::vector<int64_t> bounds = scatter_bounds(
-          chunk.samples, tiles.count() * chunk.tile_blocks, parts);
+          chunk.samples, tiles.count() * chunk.tile_blocks, parts / by_groups);
       const int64_t others = other.tasks(chunk);
       session.run(parts + others, [&](int64_t task, Worker& worker) {
         if (task >= parts) {
           other.run(chunk, task - parts, worker);
           return;
         }
+        const auto range = task / by_groups;
+        const int part = static_cast<int>(task % by_groups);
+        const GroupRange groups{
+            p.DG / by_groups * part, p.DG / by_groups * (part + 1)};
         R* sink = worker.rows.get<R>(p.C / p.DG);
         for (int64_t i = 0; i < tiles.count(); ++i) {
           source.kernels.scatter(
@@ -185,8 +194,9 @@ void sampling_vjp(
               chunk.tile_at(i),
               chunk.samples_of(i),
               chunk.cotangents_of(i),
-              bounds[task],
-              bounds[task + 1],
+              groups,
+              bounds[range],
+              bounds[range + 1],
               sink,
               grads.input);
         }
