@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -15,9 +14,6 @@
 namespace mlx_deform::cpu {
 
 constexpr int64_t chunk_tile_pixels = 64;
-// Rows of so few channels cost by their number: workers who share an image's
-// gradient take offset groups, then, and pass over nobody else's samples.
-constexpr int short_row = 32;
 
 // Bytes of column cotangents and samples between two passes: some tiles for
 // every core. Not for every thread, whose number results must not depend on.
@@ -80,6 +76,17 @@ struct NoOtherGrad {
   template <typename R>
   void run(const Chunk<R>&, int64_t, Worker&) {}
 };
+
+// How many workers add to the image's gradient: where others have other tasks
+// meanwhile, as few as keep up, since it stays in the caches of so few. Adding
+// a column takes as long as a weight's gradient takes for 15 to 30 outputs.
+inline int
+scatter_parts(const DeformConv2dParams& p, int workers, int64_t other_tasks) {
+  constexpr int outputs = 32;
+  return other_tasks == 0
+      ? workers
+      : static_cast<int>(ceil_div(workers * outputs, outputs + p.O / p.G));
+}
 
 // Cuts the image's gradient into ranges that take about equally many of the
 // samples: bounds [parts + 1], all at whole pixels. A few samples tell. Corners
@@ -173,20 +180,16 @@ void sampling_vjp(
         }
       });
 
-      const int parts = grads.input ? session.size() : 0;
-      const int by_groups = p.C / p.DG <= short_row ? std::gcd(parts, p.DG) : 1;
-      const std::vector<int64_t> bounds = scatter_bounds(
-          chunk.samples, tiles.count() * chunk.tile_blocks, parts / by_groups);
       const int64_t others = other.tasks(chunk);
+      const int parts =
+          grads.input ? scatter_parts(p, session.size(), others) : 0;
+      const std::vector<int64_t> bounds = scatter_bounds(
+          chunk.samples, tiles.count() * chunk.tile_blocks, parts);
       session.run(parts + others, [&](int64_t task, Worker& worker) {
         if (task >= parts) {
           other.run(chunk, task - parts, worker);
           return;
         }
-        const auto range = task / by_groups;
-        const int part = static_cast<int>(task % by_groups);
-        const GroupRange groups{
-            p.DG / by_groups * part, p.DG / by_groups * (part + 1)};
         R* sink = worker.rows.get<R>(p.C / p.DG);
         for (int64_t i = 0; i < tiles.count(); ++i) {
           source.kernels.scatter(
@@ -194,9 +197,8 @@ void sampling_vjp(
               chunk.tile_at(i),
               chunk.samples_of(i),
               chunk.cotangents_of(i),
-              groups,
-              bounds[range],
-              bounds[range + 1],
+              bounds[task],
+              bounds[task + 1],
               sink,
               grads.input);
         }

@@ -176,16 +176,14 @@ struct TileKernels {
       R* grad_offset, // as offset
       R* grad_mask); // as mask
 
-  // Adds the cotangent of the block's columns to the image's gradient, to some
-  // offset groups' channels of the elements [image_begin, image_end) alone,
-  // whole pixels, so that workers with ranges of their own don't meet. The
-  // block spans all channels.
+  // Adds the cotangent of the block's columns to the image's gradient, to the
+  // elements [image_begin, image_end) alone, whole pixels, so that workers with
+  // ranges of their own don't meet. The block spans all channels.
   void (*scatter)(
       const DeformConv2dParams& params,
       const Block& block,
       const SampleBlock<R>* samples,
       const R* grad_columns, // [pixels][taps][C]
-      GroupRange groups,
       int64_t image_begin,
       int64_t image_end,
       R* sink, // of C / DG elements, takes what belongs nowhere

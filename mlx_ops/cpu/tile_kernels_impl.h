@@ -179,7 +179,6 @@ void scatter_rows(
     const Block& block,
     const SampleBlock<R>* samples,
     const R* grad_columns,
-    GroupRange groups,
     int64_t image_begin,
     int64_t image_end,
     R* sink,
@@ -189,9 +188,9 @@ void scatter_rows(
 
   const int64_t pixels = block.pixels();
   const int taps = block.taps();
+  Sample<R> s(samples, 0);
   for (int64_t p = 0; p < pixels; ++p, grad_columns += block.width()) {
-    Sample<R> s(samples, (p * params.DG + groups.first) * taps);
-    for (int dg = groups.first; dg < groups.last; ++dg) {
+    for (int dg = 0; dg < params.DG; ++dg) {
       const R* grad = grad_columns + dg * n;
       for (int k = 0; k < taps; ++k, s.advance(), grad += params.C) {
         const int64_t at = s.at();
@@ -237,7 +236,6 @@ void scatter(
     const Block& block,
     const SampleBlock<R>* samples,
     const R* grad_columns,
-    GroupRange groups,
     int64_t image_begin,
     int64_t image_end,
     R* sink,
@@ -248,7 +246,6 @@ void scatter(
         block,
         samples,
         grad_columns,
-        groups,
         image_begin,
         image_end,
         sink,

@@ -171,7 +171,6 @@ void col2im(
           sample.block,
           sample.plan.data(),
           row,
-          {0, p.DG},
           0,
           grad_input.size(),
           sink.data(),

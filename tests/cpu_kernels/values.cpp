@@ -222,18 +222,15 @@ void check_sampling(const TileKernels<T, R>& kernels, int C, int DG) {
       cotangent.data(),
       grad_offset.data(),
       grad_mask.data());
-  for (int dg = 0; dg < DG; ++dg) {
-    kernels.scatter(
-        p,
-        block,
-        plan.data(),
-        cotangent.data(),
-        {dg, dg + 1},
-        0,
-        int64_t(image.size()),
-        sink.data(),
-        grad_image.data());
-  }
+  kernels.scatter(
+      p,
+      block,
+      plan.data(),
+      cotangent.data(),
+      0,
+      int64_t(image.size()),
+      sink.data(),
+      grad_image.data());
 
   std::vector<double> want_image(image.size());
   // Positions of size 8 lose that many units; sums are of few, normal numbers.
