@@ -41,18 +41,18 @@ static inline auto sum_of_quads(V v) {
 #endif
 
 // The sums of four vectors' lanes, always in the same order.
-template <typename R>
-static inline void lane_sums(const Vector<R> (&v)[4], R (&sums)[4]) {
-  constexpr int width = VectorOf<R>::width;
+template <typename V, typename R>
+static inline void lane_sums(const V (&v)[4], R (&sums)[4]) {
+  constexpr int width = sizeof(V) / sizeof(R);
 #if MLX_DEFORM_HAS_SHUFFLES
   if constexpr (width >= 4) {
     // First inside quads, where a lane needn't cross the vector.
-    const auto pairs = [](Vector<R> a, Vector<R> b) {
+    const auto pairs = [](V a, V b) {
       return shuffle<width, by_turns<width, 0>>(a, b) +
           shuffle<width, by_turns<width, 2>>(a, b);
     };
-    const Vector<R> ab = pairs(v[0], v[1]);
-    const Vector<R> cd = pairs(v[2], v[3]);
+    const V ab = pairs(v[0], v[1]);
+    const V cd = pairs(v[2], v[3]);
     const auto all = sum_of_quads<width>(
         shuffle<width, pair_by_pair<width, 0>>(ab, cd) +
         shuffle<width, pair_by_pair<width, 2>>(ab, cd));

@@ -40,6 +40,9 @@ struct Corners {
     p[1] = first + steps.right;
     p[2] = first + steps.down;
     p[3] = first + steps.down + steps.right;
+    if (s.is_ordinary()) [[likely]] {
+      return;
+    }
     for (int i = 0; i < 4; ++i) {
       p[i] = s.has_corner(i) ? p[i] : zeros + channel;
     }

@@ -35,6 +35,7 @@ struct SampleBlock {
   R mask[size]; // 1 where there is no mask
   int flags[size]; // bit i: corner i lies in the image; and those below
 
+  static constexpr int corner_bits = 0xf;
   // Else value and slopes are 0.
   static constexpr int live_bit = 0x10;
   // Set where the mask is infinite or NaN: a weight of 0 would become NaN, so
@@ -74,6 +75,12 @@ struct Sample {
   }
   bool has_corner(int i) const {
     return block->flags[lane] >> i & 1;
+  }
+  // Most are: all corners lie in the image, and the mask is finite.
+  bool is_ordinary() const {
+    constexpr int all = SampleBlock<R>::corner_bits;
+    constexpr int looked_at = all | SampleBlock<R>::mask_apart_bit;
+    return (block->flags[lane] & looked_at) == all;
   }
   bool live() const {
     return block->flags[lane] & SampleBlock<R>::live_bit;

@@ -25,17 +25,26 @@ namespace mlx_deform::cpu::MLX_DEFORM_ISA {
 
 namespace {
 
-template <typename R>
+template <typename R, int bytes = MLX_DEFORM_VECTOR_BYTES>
 struct VectorOf {
-  typedef R type __attribute__((vector_size(MLX_DEFORM_VECTOR_BYTES)));
-  static constexpr int width = MLX_DEFORM_VECTOR_BYTES / sizeof(R);
+  typedef R type __attribute__((vector_size(bytes)));
+  static constexpr int width = bytes / sizeof(R);
 };
 template <typename R>
 using Vector = typename VectorOf<R>::type;
+template <typename R>
+using HalfVector = typename VectorOf<R, MLX_DEFORM_VECTOR_BYTES / 2>::type;
 
 template <typename R>
 static inline Vector<R> load(const R* p) {
   Vector<R> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <typename R>
+static inline HalfVector<R> load_half(const R* p) {
+  HalfVector<R> v;
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }

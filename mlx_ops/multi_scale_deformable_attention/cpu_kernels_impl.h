@@ -396,7 +396,7 @@ static inline void corner_dots(
   for (int c = 0; c < 4; ++c) {
     s[c] += t[c];
   }
-  lane_sums<R>(s, dots);
+  lane_sums(s, dots);
   for (int c = 0; c < 4; ++c) {
     dots[c] += last[c];
   }
