@@ -237,3 +237,15 @@ def test_infinite_masks(mask, offsets):
     assert np.isinf(want).any()
     np.testing.assert_array_equal(got[special], want[special])
     assert np.isfinite(got[~special]).all()
+
+
+@pytest.mark.parametrize("mask", [np.inf, -np.inf, np.nan])
+def test_special_masks_reach_the_gradients_of_their_corners_alone(mask):
+    config = Config(C=24, offsets=0.7)
+    arrays = rounded(random_arrays(config, 0), "float32")
+    arrays["mask"] = scattered(arrays["mask"], mask, every=200)
+    with np.errstate(invalid="ignore"):  # infinities of both signs meet
+        want = run_oracle(config, arrays, coordinate_dtype=np.float32)["input"]
+    got = run_library(config, arrays, "float32")["input"]
+    assert 0 < np.isfinite(want).sum() < want.size
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
