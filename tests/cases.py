@@ -172,7 +172,7 @@ DEPTHWISE_MULTIPLIED = DEPTHWISE.but(H=11, O=168)
 MANY_OUTPUTS = LARGE.but(N=1, H=9, C=6, O=700, kH=1, kW=2, DG=1)
 # Rows of whole vectors, in several offset groups of a weight group, and sums that fill
 # several panels: what is sampled beside a product.
-WHOLE_VECTORS = LARGE.but(H=11, W=26, C=192, O=88, DG=4)
+WHOLE_VECTORS = LARGE.but(H=11, W=26, C=256, O=88, DG=2)
 # More samples of a pixel than are planned at once: of many groups, and of part of the taps.
 MANY_SAMPLES = LARGE.but(N=1, H=9, W=8, C=11, O=6, kH=8, kW=7, padding=(3, 4), G=1, DG=11)
 MANY_TAPS = MANY_SAMPLES.but(H=5, W=6, C=1, O=3, kH=33, kW=34, padding=(15, 16), DG=1)

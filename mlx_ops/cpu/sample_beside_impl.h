@@ -24,8 +24,13 @@ void sample_beside(
     const T* zeros,
     const Columns<R>& columns,
     const PackedProduct<R>& product) {
-  with_length<R>(row_length(params, columns.block), [&](auto length) {
-    Rows<length.value, Place::beside, T, R> rows(params, input, zeros, columns);
+  // Of long rows, pieces: the more often sampling and product take turns, the
+  // more of it is hidden.
+  const int row = row_length(params, columns.block);
+  const int pieces = row % piece_length<R> == 0 ? row / piece_length<R> : 1;
+  with_length<R>(row / pieces, [&](auto length) {
+    Rows<length.value, Place::beside, T, R> rows(
+        params, input, zeros, columns, pieces);
     const int64_t times = pauses(product);
     const int64_t at_once = times ? (rows.left() + times - 1) / times : 0;
     multiply_beside(product, [&]() __attribute__((always_inline)) {

@@ -90,8 +90,26 @@ static inline void sample_row(
   }
 }
 
+// The length of a block's rows, which differs where the block cuts its groups.
+constexpr int unlike = 1;
+static inline int row_length(const DeformConv2dParams& p, const Block& block) {
+  const int width = p.C / p.DG;
+  if (offset_groups(p, block.channel_begin, block.channel_end).count() == 1) {
+    return block.channels();
+  }
+  const bool whole_groups =
+      block.channel_begin % width == 0 && block.channel_end % width == 0;
+  return whole_groups ? width : unlike;
+}
+
+// Beside a product, channels of a long row that are sampled at once, and
+// fetched ahead.
+template <typename R>
+constexpr int piece_length = 4 * VectorOf<R>::width;
+
 // The rows of a block's columns, one by one: those of a pixel, offset group by
-// offset group, and of a group tap by tap.
+// offset group, and of a group tap by tap. Long rows may be cut into pieces, of
+// one length: then the taps' first pieces, their second ones, and so on.
 template <int length, Place place, typename T, typename R>
 class Rows {
  public:
@@ -99,7 +117,8 @@ class Rows {
       const DeformConv2dParams& params,
       const T* input,
       const T* zeros,
-      const Columns<R>& columns)
+      const Columns<R>& columns,
+      int pieces = 1)
       : steps_(params),
         input_(input),
         zeros_(zeros),
@@ -108,6 +127,9 @@ class Rows {
         tap_stride_(columns.tap_stride),
         pixel_stride_(columns.pixel_stride),
         group_width_(params.C / params.DG),
+        piece_(
+            pieces == 1 ? group_width_
+                        : row_length(params, columns.block) / pieces),
         channel_begin_(columns.block.channel_begin),
         channel_end_(columns.block.channel_end),
         pixel_out_(columns.data),
@@ -118,7 +140,7 @@ class Rows {
     const GroupRange planned_groups =
         offset_groups(params, planned.channel_begin, planned.channel_end);
     first_end_ = (groups.first + 1) * group_width_;
-    left_ = block.pixels() * groups.count() * taps_;
+    left_ = block.pixels() * groups.count() * pieces * taps_;
     at_ = (block.pixel_begin - planned.pixel_begin) * planned_groups.count();
     at_ += groups.first - planned_groups.first;
     at_ = at_ * planned.taps() + block.tap_begin - planned.tap_begin;
@@ -140,15 +162,23 @@ class Rows {
     ++at_;
     out_ += tap_stride_;
     if (++tap_ == taps_) {
-      at_ += skipped_taps_;
       channel_ += channels_;
       if (channel_ == channel_end_) {
-        at_ += skipped_groups_;
+        at_ += skipped_taps_ + skipped_groups_;
         pixel_out_ += pixel_stride_;
         start_pixel();
-      } else {
+      } else if (channel_ == group_end_) {
+        at_ += skipped_taps_;
         group_end_ += group_width_;
-        start_group();
+        start_piece();
+      } else {
+        at_ -= taps_;
+        start_piece();
+      }
+    }
+    if constexpr (place == Place::beside && length == piece_length<R>) {
+      if (left_ > 0) {
+        prefetch();
       }
     }
   }
@@ -157,14 +187,29 @@ class Rows {
   MLX_DEFORM_INLINE void start_pixel() {
     channel_ = channel_begin_;
     group_end_ = first_end_;
-    start_group();
+    start_piece();
   }
 
-  MLX_DEFORM_INLINE void start_group() {
+  MLX_DEFORM_INLINE void start_piece() {
     tap_ = 0;
     const int end = group_end_ < channel_end_ ? group_end_ : channel_end_;
-    channels_ = length_of<length>(end - channel_);
+    const int left = end - channel_;
+    channels_ = length_of<length>(left < piece_ ? left : piece_);
     out_ = pixel_out_ + (channel_ - channel_begin_);
+  }
+
+  // The next row's corners, wherever they lie.
+  MLX_DEFORM_INLINE void prefetch() const {
+    constexpr int line = 64 / sizeof(T);
+    const T* upper = input_ + Sample<R>(samples_, at_).at() + channel_;
+    const T* lower = upper + steps_.down;
+    MLX_DEFORM_UNROLL(8)
+    for (int q = 0; q < length; q += line) {
+      __builtin_prefetch(upper + q);
+      __builtin_prefetch(upper + steps_.right + q);
+      __builtin_prefetch(lower + q);
+      __builtin_prefetch(lower + steps_.right + q);
+    }
   }
 
   const CornerSteps steps_;
@@ -175,6 +220,7 @@ class Rows {
   const int64_t tap_stride_;
   const int64_t pixel_stride_;
   const int group_width_;
+  const int piece_; // the most channels of a piece
   const int channel_begin_;
   const int channel_end_;
   int first_end_; // of the first offset group's channels
@@ -190,18 +236,6 @@ class Rows {
   int group_end_;
   int tap_;
 };
-
-// The length of a block's rows, which differs where the block cuts its groups.
-constexpr int unlike = 1;
-static inline int row_length(const DeformConv2dParams& p, const Block& block) {
-  const int width = p.C / p.DG;
-  if (offset_groups(p, block.channel_begin, block.channel_end).count() == 1) {
-    return block.channels();
-  }
-  const bool whole_groups =
-      block.channel_begin % width == 0 && block.channel_end % width == 0;
-  return whole_groups ? width : unlike;
-}
 
 template <typename T, typename R>
 void sample(

@@ -313,6 +313,8 @@ void check_all_beside(
     check_beside(kernels, own, 37, 1);
     check_beside(kernels, own, 96, 2);
     check_beside(kernels, own, 80, 1);
+    check_beside(kernels, own, 128, 1); // in pieces
+    check_beside(kernels, own, 256, 2);
   }
 }
 #endif
