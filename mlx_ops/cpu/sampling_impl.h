@@ -167,12 +167,13 @@ class Rows {
         at_ += skipped_taps_ + skipped_groups_;
         pixel_out_ += pixel_stride_;
         start_pixel();
-      } else if (channel_ == group_end_) {
-        at_ += skipped_taps_;
-        group_end_ += group_width_;
-        start_piece();
       } else {
-        at_ -= taps_;
+        if (channel_ == group_end_) {
+          at_ += skipped_taps_;
+          group_end_ += group_width_;
+        } else {
+          at_ -= taps_;
+        }
         start_piece();
       }
     }
