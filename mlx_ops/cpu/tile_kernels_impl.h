@@ -2,7 +2,7 @@
 // which defines MLX_DEFORM_ISA (a namespace) and MLX_DEFORM_VECTOR_BYTES.
 // Everything here has internal linkage or lives in that namespace.
 
-#include "mlx_ops/cpu/lane_sums.h"
+#include "mlx_ops/cpu/corners.h"
 #include "mlx_ops/cpu/lanes.h"
 #include "mlx_ops/cpu/plan_impl.h"
 #include "mlx_ops/cpu/sample_beside_impl.h"
@@ -60,89 +60,6 @@ struct SampleGrads {
   }
 };
 
-// The cotangent times each corner, summed over n channels.
-template <int length, typename T, typename R>
-static inline void
-corner_sums(const Corners<T>& from, const R* grad, int n, R (&sums)[4]) {
-  constexpr int width = VectorOf<R>::width;
-  constexpr bool has_vectors = length <= 0 || length >= width;
-  constexpr bool has_last = length == any_length || length % width > 0;
-  // Two sums each, for the next addition not to wait for the last.
-  Vector<R> s[4]{}, t[4]{};
-  int q = 0;
-  MLX_DEFORM_UNROLL(4)
-  for (; q + 2 * width <= n; q += 2 * width) {
-    const Vector<R> g = load(grad + q);
-    const Vector<R> h = load(grad + q + width);
-    for (int i = 0; i < 4; ++i) {
-      s[i] += g * load(from.p[i] + q);
-      t[i] += h * load(from.p[i] + q + width);
-    }
-  }
-  if (q + width <= n) {
-    const Vector<R> g = load(grad + q);
-    for (int i = 0; i < 4; ++i) {
-      s[i] += g * load(from.p[i] + q);
-    }
-    q += width;
-  }
-  R last[4]{};
-  if constexpr (has_last) {
-    for_last_lanes<R>(q, n, [&](auto lanes, int q) {
-      const auto g = lanes.load_from(grad + q);
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (lanes.is_vector) {
-          s[i] += g * lanes.load_from(from.p[i] + q);
-        } else {
-          last[i] += g * lanes.load_from(from.p[i] + q);
-        }
-      }
-    });
-  }
-  if constexpr (has_vectors || has_masks) {
-    for (int i = 0; i < 4; ++i) {
-      s[i] += t[i];
-    }
-    lane_sums(s, sums);
-  } else {
-    sums[0] = sums[1] = sums[2] = sums[3] = R(0);
-  }
-  if constexpr (has_last) {
-    for (int i = 0; i < 4; ++i) {
-      sums[i] += last[i];
-    }
-  }
-}
-
-// Whether rows are whole vectors, but few: those are worth summing in halves.
-template <typename T, typename R>
-constexpr bool summed_in_halves(int length) {
-  constexpr int width = VectorOf<R>::width;
-  return sizeof(T) == sizeof(R) && width >= 8 && length > 0 &&
-      length % width == 0 && length <= 4 * width;
-}
-
-// corner_sums() of such a row: a half vector's lanes take fewer steps to add
-// up.
-template <int length, typename R>
-static inline void
-corner_sums_in_halves(const Corners<R>& from, const R* grad, R (&sums)[4]) {
-  constexpr int width = VectorOf<R>::width / 2;
-  HalfVector<R> s[4];
-  const HalfVector<R> first = load_half(grad);
-  for (int i = 0; i < 4; ++i) {
-    s[i] = first * load_half(from.p[i]);
-  }
-  MLX_DEFORM_UNROLL(8)
-  for (int q = width; q < length; q += width) {
-    const HalfVector<R> g = load_half(grad + q);
-    for (int i = 0; i < 4; ++i) {
-      s[i] += g * load_half(from.p[i] + q);
-    }
-  }
-  lane_sums(s, sums);
-}
-
 template <int length, typename T, typename R>
 void offset_grad_rows(
     const DeformConv2dParams& params,
@@ -165,11 +82,7 @@ void offset_grad_rows(
       for (int k = block.tap_begin; k < block.tap_end;
            ++k, s.advance(), grad += params.C) {
         const Corners<T> from(s, steps, input, zeros, dg * n);
-        if constexpr (summed_in_halves<T, R>(length)) {
-          corner_sums_in_halves<length>(from, grad, grads.corner[s.lane]);
-        } else {
-          corner_sums<length>(from, grad, n, grads.corner[s.lane]);
-        }
+        corner_sums<length>(from.p, grad, n, grads.corner[s.lane]);
         grads.at[s.lane] = (p * params.DG + dg) * taps + k;
         if (s.lane == grads.size - 1) {
           grads.write(*s.block, grads.size, grad_offset, grad_mask);
@@ -226,28 +139,19 @@ void scatter_rows(
     for (int dg = 0; dg < params.DG; ++dg) {
       const R* grad = grad_columns + dg * n;
       for (int k = 0; k < taps; ++k, s.advance(), grad += params.C) {
-        const auto add = [&](R* to0, R* to1, R* to2, R* to3, R mask) {
-          const R w0 = mask * s.weight(0), w1 = mask * s.weight(1);
-          const R w2 = mask * s.weight(2), w3 = mask * s.weight(3);
-          // Vectors of all corners are loaded before any is stored, so that no
-          // load waits for a store in a row of the same place in the cache.
-          for_lanes<R, length>(n, [&](auto lanes, int q) {
-            const auto g = lanes.load_from(grad + q);
-            const auto v0 = lanes.load_from(to0 + q) + w0 * g;
-            const auto v1 = lanes.load_from(to1 + q) + w1 * g;
-            const auto v2 = lanes.load_from(to2 + q) + w2 * g;
-            const auto v3 = lanes.load_from(to3 + q) + w3 * g;
-            lanes.store_to(to0 + q, v0);
-            lanes.store_to(to1 + q, v1);
-            lanes.store_to(to2 + q, v2);
-            lanes.store_to(to3 + q, v3);
-          });
+        const auto add = [&](R* const(&to)[4], R mask) {
+          const R w[4]{
+              mask * s.weight(0),
+              mask * s.weight(1),
+              mask * s.weight(2),
+              mask * s.weight(3)};
+          add_to_corners<length>(grad, n, w, to);
         };
         const int64_t first = s.at(), last = first + steps.to(3);
         const bool inside = first >= image_begin && last < image_end;
         if (inside && s.is_ordinary()) [[likely]] {
           R* to = grad_input + first + dg * n;
-          add(to, to + steps.right, to + steps.down, to + steps.to(3), R(1));
+          add({to, to + steps.right, to + steps.down, to + steps.to(3)}, R(1));
         } else if (last >= image_begin && first < image_end) {
           R* to[4];
           for (int i = 0; i < 4; ++i) {
@@ -256,8 +160,7 @@ void scatter_rows(
                 s.has_corner(i) && at >= image_begin && at < image_end;
             to[i] = mine ? grad_input + at + dg * n : sink;
           }
-          const R mask = s.mask_is_apart() ? s.mask() : R(1);
-          add(to[0], to[1], to[2], to[3], mask);
+          add(to, s.mask_is_apart() ? s.mask() : R(1));
         }
       }
     }

@@ -2,7 +2,7 @@
 // which defines MLX_DEFORM_ISA (a namespace) and MLX_DEFORM_VECTOR_BYTES.
 // Everything here has internal linkage or lives in that namespace.
 
-#include "mlx_ops/cpu/lane_sums.h"
+#include "mlx_ops/cpu/corners.h"
 #include "mlx_ops/cpu/lanes.h"
 #include "mlx_ops/multi_scale_deformable_attention/cpu_kernels.h"
 #include "mlx_ops/sampling.h"
@@ -358,48 +358,13 @@ static inline void corner_dots(
     const T* cotangent, // [D]
     int channels,
     R (&dots)[4]) {
-  constexpr int width = VectorOf<R>::width;
   const bool all = (flags & Plan<R>::all_corners) == Plan<R>::all_corners;
   const T* from[4];
   for (int c = 0; c < 4; ++c) {
     // The cotangent stands in for corners that may not be read.
     from[c] = all || flags >> c & 1 ? value + (at + map.step[c]) : cotangent;
   }
-  // Two sums each, for the next addition not to wait for the last.
-  Vector<R> s[4]{}, t[4]{};
-  int q = 0;
-  for (; q + 2 * width <= channels; q += 2 * width) {
-    const Vector<R> g = load(cotangent + q);
-    const Vector<R> h = load(cotangent + q + width);
-    for (int c = 0; c < 4; ++c) {
-      s[c] += g * load(from[c] + q);
-      t[c] += h * load(from[c] + q + width);
-    }
-  }
-  for (; q + width <= channels; q += width) {
-    const Vector<R> g = load(cotangent + q);
-    for (int c = 0; c < 4; ++c) {
-      s[c] += g * load(from[c] + q);
-    }
-  }
-  R last[4]{};
-  for_last_lanes<R>(q, channels, [&](auto lanes, int q) {
-    const auto g = lanes.load_from(cotangent + q);
-    for (int c = 0; c < 4; ++c) {
-      if constexpr (lanes.is_vector) {
-        s[c] += g * lanes.load_from(from[c] + q);
-      } else {
-        last[c] += g * lanes.load_from(from[c] + q);
-      }
-    }
-  });
-  for (int c = 0; c < 4; ++c) {
-    s[c] += t[c];
-  }
-  lane_sums(s, dots);
-  for (int c = 0; c < 4; ++c) {
-    dots[c] += last[c];
-  }
+  corner_sums(from, cotangent, channels, dots);
   if (!all) {
     for (int c = 0; c < 4; ++c) {
       dots[c] = flags >> c & 1 ? dots[c] : R(0);
@@ -423,22 +388,12 @@ static inline void scatter(
     w[c] = plan.weight[i] * plan.corner[c][i];
   }
   if ((flags & Plan<R>::all_corners) == Plan<R>::all_corners) {
-    // Vectors of all corners are loaded before any is stored, so that no load
-    // waits for a store in a row of the same place in the cache.
-    R* to = grad_value + at;
-    R *to1 = to + map.step[1], *to2 = to + map.step[2], *to3 = to + map.step[3];
-    const R w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-    for_lanes<R>(channels, [&](auto lanes, int q) {
-      const auto g = lanes.load_from(cotangent + q);
-      const auto v0 = lanes.load_from(to + q) + w0 * g;
-      const auto v1 = lanes.load_from(to1 + q) + w1 * g;
-      const auto v2 = lanes.load_from(to2 + q) + w2 * g;
-      const auto v3 = lanes.load_from(to3 + q) + w3 * g;
-      lanes.store_to(to + q, v0);
-      lanes.store_to(to1 + q, v1);
-      lanes.store_to(to2 + q, v2);
-      lanes.store_to(to3 + q, v3);
-    });
+    R* first = grad_value + at;
+    add_to_corners(
+        cotangent,
+        channels,
+        w,
+        {first, first + map.step[1], first + map.step[2], first + map.step[3]});
     return;
   }
   for (int c = 0; c < 4; ++c) {
