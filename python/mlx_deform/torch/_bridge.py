@@ -43,6 +43,16 @@ _new_stream = getattr(mx, "new_thread_unsafe_stream", mx.new_stream)
 Function = Callable[..., Sequence[mx.array]]
 
 
+def _from_the_start(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own: results that the CPU begins with a cache line lie
+    inside MLX's buffers, where torch's tracing expects new storages."""
+    skipped = tensor.storage_offset()
+    if skipped == 0:
+        return tensor
+    storage = tensor.untyped_storage()[skipped * tensor.element_size() :]
+    return tensor.new_empty(0).set_(storage, 0, tensor.shape, tensor.stride())
+
+
 class _Runtime:
     """MLX on one device. MLX ties a stream to its thread, and every thread that uses a CPU
     stream leaves an OS thread behind; so all threads share one stream, and take turns."""
@@ -70,6 +80,7 @@ class _Runtime:
             tensor = torch.from_dlpack(array)
         else:
             tensor = torch.utils.dlpack.from_dlpack(array.__dlpack__(dl_device=_CPU_DLPACK))
+            tensor = _from_the_start(tensor)
         # MLX hands an argument on where there is nothing to compute, as in a sum over axes of
         # length 1. An operator's result must not be its argument.
         return tensor.clone() if tensor.data_ptr() in borrowed else tensor
