@@ -80,10 +80,11 @@ class _Runtime:
             tensor = torch.from_dlpack(array)
         else:
             tensor = torch.utils.dlpack.from_dlpack(array.__dlpack__(dl_device=_CPU_DLPACK))
-            tensor = _from_the_start(tensor)
         # MLX hands an argument on where there is nothing to compute, as in a sum over axes of
         # length 1. An operator's result must not be its argument.
-        return tensor.clone() if tensor.data_ptr() in borrowed else tensor
+        if tensor.data_ptr() in borrowed:
+            return tensor.clone()
+        return tensor if self.on_gpu else _from_the_start(tensor)
 
     def copy(self, array: mx.array) -> Tensor:
         """Of an array on the CPU. Before 0.32 MLX exported no bfloat16 either."""
