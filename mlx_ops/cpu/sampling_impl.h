@@ -90,26 +90,14 @@ static inline void sample_row(
   }
 }
 
-// The length of a block's rows, which differs where the block cuts its groups.
-constexpr int unlike = 1;
-static inline int row_length(const DeformConv2dParams& p, const Block& block) {
-  const int width = p.C / p.DG;
-  if (offset_groups(p, block.channel_begin, block.channel_end).count() == 1) {
-    return block.channels();
-  }
-  const bool whole_groups =
-      block.channel_begin % width == 0 && block.channel_end % width == 0;
-  return whole_groups ? width : unlike;
-}
-
 // Beside a product, channels of a long row that are sampled at once, and
 // fetched ahead.
 template <typename R>
 constexpr int piece_length = 4 * VectorOf<R>::width;
 
 // The rows of a block's columns, one by one: those of a pixel, offset group by
-// offset group, and of a group tap by tap. Long rows may be cut into pieces, of
-// one length: then the taps' first pieces, their second ones, and so on.
+// offset group, and of a group tap by tap. Long rows may be cut into pieces of
+// `length`: then the taps' first pieces, their second ones, and so on.
 template <int length, Place place, typename T, typename R>
 class Rows {
  public:
@@ -127,9 +115,6 @@ class Rows {
         tap_stride_(columns.tap_stride),
         pixel_stride_(columns.pixel_stride),
         group_width_(params.C / params.DG),
-        piece_(
-            pieces == 1 ? group_width_
-                        : row_length(params, columns.block) / pieces),
         channel_begin_(columns.block.channel_begin),
         channel_end_(columns.block.channel_end),
         pixel_out_(columns.data),
@@ -194,8 +179,7 @@ class Rows {
   MLX_DEFORM_INLINE void start_piece() {
     tap_ = 0;
     const int end = group_end_ < channel_end_ ? group_end_ : channel_end_;
-    const int left = end - channel_;
-    channels_ = length_of<length>(left < piece_ ? left : piece_);
+    channels_ = length_of<length>(end - channel_);
     out_ = pixel_out_ + (channel_ - channel_begin_);
   }
 
@@ -221,7 +205,6 @@ class Rows {
   const int64_t tap_stride_;
   const int64_t pixel_stride_;
   const int group_width_;
-  const int piece_; // the most channels of a piece
   const int channel_begin_;
   const int channel_end_;
   int first_end_; // of the first offset group's channels
@@ -237,6 +220,18 @@ class Rows {
   int group_end_;
   int tap_;
 };
+
+// The length of a block's rows, which differs where the block cuts its groups.
+constexpr int unlike = 1;
+static inline int row_length(const DeformConv2dParams& p, const Block& block) {
+  const int width = p.C / p.DG;
+  if (offset_groups(p, block.channel_begin, block.channel_end).count() == 1) {
+    return block.channels();
+  }
+  const bool whole_groups =
+      block.channel_begin % width == 0 && block.channel_end % width == 0;
+  return whole_groups ? width : unlike;
+}
 
 template <typename T, typename R>
 void sample(
